@@ -1,0 +1,38 @@
+# Two commands do everything: `make demo` deblurs a photograph, `make test` runs the tests; each from nothing, in its own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PHOTO = src/nonexpansive/photographs/astronaut.png
+OUT = demo-output
+
+.PHONY: demo test check docs clean
+
+demo: $(VENV)/.app
+	mkdir -p $(OUT)
+	$(BIN)/nonexpansive deblur $(PHOTO) --kernel shake:27,seed=3 --noise 1% --degrade \
+		-o $(OUT)/restored.png --figure $(OUT)/figure.png --json $(OUT)/result.json
+
+test: $(VENV)/.dev check docs
+	$(BIN)/python -m pytest -q -n 2 --durations=10
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	$(BIN)/python -W error::UserWarning -m pdoc -o docs/api nonexpansive '!nonexpansive.app'
+
+$(VENV)/.app: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[app]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@ $(VENV)/.app
+
+clean:
+	rm -rf $(VENV) $(OUT) docs/api

@@ -1,0 +1,786 @@
+"""Sound upper bounds on the ℓ2 operator norm of a layer's linear part A, rounding included.
+
+A convolution of any dimension is, per axis, y[t] = Σ_u K_u x̃[s t + d u - lo] with x̃ the padded input. One algorithm serves
+every layer; a transposed convolution is bounded through the convolution of which it is the adjoint, a ``Linear`` is a
+convolution without axes.
+
+**Stride and dilation fold away** (polyphase). With g = gcd(s, d), split the taps as u = (s/g) v + ψ and the input as
+z_ψ[q] = x̃[s q + d ψ]: a stride-1 convolution with dilation d/g, ⌈k g/s⌉ taps and s/g times the channels. A dilated
+operator on N points is d/g independent undilated ones on N g/d points, so the frequencies are those of the folded kernel.
+
+**Symbol.** K̂(ω) = Σ_v K_v e^{-iω·v}. Every operator here is R C E: E places the input on a cyclic grid of N points per axis,
+C is the cyclic convolution, R picks outputs, so ‖A‖ ≤ ‖R‖ ‖E‖ max σ₁(K̂(ω)), ω over the N-grid. Zero padding only needs N so
+large that nothing wraps into the picture (then ‖R‖ = ‖E‖ = 1); the wrapped entries being outside, they may also carry a
+sign, which shifts the grid by half a cell (θ = 1/2). Circular padding has N = n, reflection the period 2n - 2, and any
+padding may be taken as an operator of its own, E, whose squared norm is the largest multiplicity of a pixel.
+
+**Covering the frequency torus.** Let M bound σ₁ everywhere and r_i = (k_i - 1)/2. For unit u, v the function Re uᴴK̂(ω)v,
+centred, is of exponential type Σ r_i|δ_i| along a direction δ and at most M, so by the Bernstein-Szegő inequality
+f'² + τ²f² ≤ τ²M² (Duffin & Schaeffer 1938)
+
+    arccos(σ₁(K̂(ω))/M) is 1-Lipschitz in Σ r_i |ω_i - ω'_i|.
+
+A box of half-widths h, ρ = Σ r_i h_i, whose centre has σ₁ ≤ c cos ρ cannot hold a maximum above c; boxes that fail are
+split (`_cover`). That σ₁² ≤ t² at a centre is *proved* by a completed Cholesky factorisation of t²I - K̂ᴴK̂, not read
+off an eigenvalue routine.
+
+**The operator itself.** Where affordable, cI - AᵀA (or AAᵀ) is factorised as a whole: ordered along one axis it is block
+tridiagonal (`_Gram`). This is right for every padding mode and as tight as wished.
+
+**Rounding.** A Cholesky factorisation that runs to completion in floating point proves A + ΔA ⪰ 0 with
+‖ΔA‖₂ ≤ γ_{n+1}/(1 - γ_{n+1}) tr A (Higham 2002, thm 10.3; Demmel 1989; Rump 2006). To this are added the rounding of the
+Gram matrix, at most γ ‖|A|‖², and of the symbol; the constants are generous, the result is then relative 1e-13 to 1e-7.
+Weights are scaled by a power of two first, so that no size of weight overflows or vanishes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv1d, conv2d, conv3d, pad
+from torch.nn.utils import parametrize
+
+from nonexpansive.errors import BadInput, Refused
+from nonexpansive.math.rounding import UNIT, gamma, up
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NUMPY_MODE = {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}
+_U = UNIT[torch.float64]
+
+_TOLERANCE = 2e-3  # of the supremum over all frequencies, for any size at once
+_TOLERANCE_AT_SHAPE = 4e-4
+_COARSEST = 0.4  # boxes with a larger ρ are split unseen: cos ρ would be too small to prove much
+_LOOSEST = 4.9e-3  # accepted where refining further is too dear: a symbol that is flat has no boxes to discard
+_SYMBOL_FLOPS = 4e10
+_GRAM_FLOPS = 1e11  # about 2 s on two cores
+_GRAM_FLOPS_AT_ONCE = 2e8  # so cheap that the symbol is not even looked at
+_ENTRIES = 2e7  # of the largest arrays, 160 MB
+_CHUNK = 300_000  # entries of the symbol formed at once: what stays in a processor's cache
+_SMALL = 256  # the order of a Gram matrix whose eigenvalues are computed
+
+
+def norm_bound(layer: nn.Module, shape: Sequence[int] | None = None) -> float:
+    """An upper bound on ‖A‖₂, A the linear part of ``layer`` on one input of ``shape`` (without batch axis).
+
+    ``shape`` None: for every input size at once. Never below the true norm, rounding included. For stride 1 with zero or
+    circular padding the excess over sup σ₁(K̂) is at most 0.5 % at any size, and over ‖A‖ at most 0.1 % at a shape with
+    n ≥ 8 wherever the operator can be factorised within about 1e11 operations (3x3: 64 channels to n = 12, 16 to 32, 1
+    to 256); beyond that up to about 1 % at n = 16, falling as 1/n² (see ``benchmarks/norm_bounds.py``).
+
+    Layers: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, possibly parametrized (in eval mode, if the parametrization
+    has one), and any module with a method ``norm_bound(shape)``, whose value is trusted.
+    Raises Refused for any other type and for weights that are not finite, BadInput for a shape that does not fit.
+    """
+    if not _is_ours(layer):
+        return _users(layer, "norm_bound", None if shape is None else tuple(shape))
+    convolution = _read(layer)
+    sizes = None if shape is None else convolution.sizes(shape)
+    if not convolution.weight.any():
+        return 0.0
+    return convolution.unscaled(_bound(convolution, sizes))
+
+
+def absolute_norm_bound(layer: nn.Module) -> float:
+    """An upper bound on ‖|A|‖₂ for any input size, |A| the entrywise absolute values; |A|ᵀ has the same norm.
+
+    Schur's test, √(largest row sum · largest column sum) of the folded kernel, times the norm of the padding. It scales the
+    rounding error of A in floating point. A user's module offers a method ``absolute_norm_bound()``. Raises Refused.
+    """
+    if not _is_ours(layer):
+        return _users(layer, "absolute_norm_bound")
+    convolution = _read(layer)
+    if not convolution.weight.any():
+        return 0.0
+    return convolution.unscaled(_absolute(convolution, None))
+
+
+def terms(layer: nn.Module) -> tuple[int, int]:
+    """The largest number of non-zero summands in an entry of Ax and of Aᵀy, for any input size (for γ_n). Raises Refused.
+
+    A user's module offers a method ``terms()``.
+    """
+    if not _is_ours(layer):
+        method = getattr(layer, "terms", None)
+        if not callable(method):
+            raise _unknown(layer, "terms")
+        forward, adjoint = method()  # type: ignore[misc]
+        return int(forward), int(adjoint)
+    convolution = _read(layer)
+    _, rows, columns, *taps = convolution.weight.shape
+    forward = columns * math.prod(taps)
+    adjoint = rows * math.prod(a.folded_taps * a.most_copies for a in convolution.axes)
+    return (adjoint, forward) if convolution.transposed else (forward, adjoint)
+
+
+def norm_estimate(layer: nn.Module, shape: Sequence[int], *, iterations: int = 100, seed: int = 0) -> float:
+    """An *estimate* of ‖A‖₂ from below by the power method on AᵀA: it may steer training, never enter a certificate.
+
+    Runs the layer itself, in its own precision and on its own device; A x = layer(x) - layer(0), Aᵀy by reverse differentiation.
+    """
+    like = next(itertools.chain(layer.parameters(), layer.buffers()), torch.empty(0, dtype=torch.float64))
+    x = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(like)
+    norm = 0.0
+    with torch.enable_grad():
+        offset = layer(torch.zeros_like(x)).detach()
+        for _ in range(iterations):
+            x = (x / x.double().norm().to(x)).requires_grad_()
+            y = layer(x) - offset
+            norm = float(y.detach().double().norm())
+            if norm == 0.0:
+                break
+            (x,) = torch.autograd.grad(y, x, y.detach() / norm)
+    return norm
+
+
+# --- the layer, read ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of y[t] = Σ_u K_u x̃[s t + d u - lo]; ``extra`` is a transposed convolution's output padding."""
+
+    taps: int
+    stride: int
+    dilation: int
+    lo: int
+    hi: int
+    mode: str
+    extra: int = 0
+
+    @property
+    def gcd(self) -> int:
+        return math.gcd(self.stride, self.dilation)
+
+    @property
+    def phases(self) -> int:
+        return self.stride // self.gcd
+
+    @property
+    def folded_taps(self) -> int:
+        return -(-self.taps // self.phases)
+
+    @property
+    def span(self) -> int:
+        return self.dilation * (self.taps - 1)
+
+    @property
+    def smallest(self) -> int:
+        """The smallest input that torch accepts."""
+        pads = max(self.lo, self.hi)
+        least = {"circular": pads, "reflect": pads + 1}.get(self.mode, 1)
+        return max(1, least, self.span + 1 - self.lo - self.hi)
+
+    def outputs(self, n: int) -> int:
+        return (n + self.lo + self.hi - self.span - 1) // self.stride + 1
+
+    def inputs(self, m: int) -> int:
+        """The output size of the transposed layer on m points."""
+        return (m - 1) * self.stride - self.lo - self.hi + self.span + self.extra + 1
+
+    def sources(self, n: int) -> np.ndarray:
+        """The pixel behind each padded position, -1 where there is none."""
+        if self.mode == "zeros":
+            return np.pad(np.arange(n), (self.lo, self.hi), constant_values=-1)
+        return np.pad(np.arange(n), (self.lo, self.hi), mode=_NUMPY_MODE[self.mode])  # type: ignore[call-overload]
+
+    def copies(self, n: int) -> int:
+        """The squared norm of the padding: its AᵀA is diagonal, each pixel's multiplicity."""
+        return 1 if self.mode == "zeros" else int(np.bincount(self.sources(n)).max())
+
+    @cached_property
+    def _distinct_sizes(self) -> range:
+        """Beyond these, what `copies` and `embedding` say depends on n mod s alone."""
+        return range(self.smallest, self.smallest + self.lo + self.hi + 2 * self.stride + 4)
+
+    @cached_property
+    def most_copies(self) -> int:
+        return 1 if self.mode == "zeros" else max(self.copies(n) for n in self._distinct_sizes)
+
+    @cached_property
+    def factor(self) -> int:
+        """The largest ‖R‖²‖E‖² over all sizes."""
+        if self.mode == "zeros":
+            return 1
+        return max(self.embedding(n, self.outputs(n))[2] for n in self._distinct_sizes)
+
+    def embedding(self, n: int, m: int) -> tuple[int, bool, int]:
+        """(N, free, ‖R‖²‖E‖²) for n inputs and m outputs: the number of frequencies, and whether more or shifted ones do too."""
+        step = self.dilation // self.gcd
+        if self.mode == "zeros":
+            return -(-self._least_grid(n, m, self.lo) // step), True, 1
+        padded = n + self.lo + self.hi
+        best = (-(-self._least_grid(padded, m, 0) // step), True, self.copies(n))
+        period, repeats = (2 * n - 2, 2) if self.mode == "reflect" and n > 1 else (n, 1)
+        if self.mode != "replicate" or n == 1:  # periodic: a symmetric extension shows inner pixels twice a period
+            cycle = math.lcm(period, self.stride)
+            grid = cycle // self.stride
+            squared = repeats * (cycle // period) * -(-m // grid)
+            if squared <= best[2]:
+                best = (grid // math.gcd(grid, step), False, squared)
+        return best
+
+    def _least_grid(self, n: int, m: int, lo: int) -> int:
+        """The least N so that on the cyclic grid of N no tap that misses the n pixels comes round to hit one.
+
+        Folded, row t reads z_ψ at t + (d/g) v; z_ψ[q] holds a pixel for q in [a, b]. An index below a comes back at q + N,
+        to be above b; one above b, at most ``top``, comes back at q - N, to be below a; rows must stay distinct.
+        """
+        top = m - 1 + self.dilation // self.gcd * (self.folded_taps - 1)
+        least = m
+        for phase in range(self.phases):
+            a = max(0, -((self.dilation * phase - lo) // self.stride))
+            b = min(top, (lo + n - 1 - self.dilation * phase) // self.stride)
+            if a <= b:
+                least = max(least, b + 1, top + 1 - a)
+        return least
+
+
+_POINT = _Axis(taps=1, stride=1, dilation=1, lo=0, hi=0, mode="zeros")
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """``weight`` (groups, out, in, *taps), float64, times 2^exponent. Transposed layers appear as their adjoint."""
+
+    weight: Tensor
+    exponent: int
+    axes: tuple[_Axis, ...]
+    transposed: bool = False
+    linear: bool = False
+
+    @classmethod
+    def of(cls, weight: Tensor, axes: tuple[_Axis, ...], *, transposed: bool = False, linear: bool = False) -> _Convolution:
+        """Scaled so that the largest entry lies in [1/2, 1): exact, a power of two."""
+        exponent = math.frexp(float(weight.abs().max()))[1] if weight.numel() else 0
+        half = -exponent // 2  # in two steps, for 2^1074 is no float64
+        return cls(weight * 2.0**half * 2.0 ** (-exponent - half), exponent, axes, transposed, linear)
+
+    def unscaled(self, bound: float) -> float:
+        """The bound on the layer's own scale, rounded up."""
+        try:
+            return up(math.ldexp(up(bound), self.exponent))
+        except OverflowError:
+            raise Refused("the weights are so large that their norm is no float64 number: scale them down") from None
+
+    def sizes(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """(n, m) per axis: inputs and outputs of the convolution (of the adjoint, for a transposed layer)."""
+        shape = tuple(int(n) for n in shape)
+        groups, rows, columns, *_ = self.weight.shape
+        channels = groups * (rows if self.transposed else columns)
+        if self.linear:
+            if not shape or shape[-1] != columns:
+                raise BadInput(f"a Linear layer with {columns} inputs cannot take an input of shape {shape}")
+            return ((1, 1),)
+        if len(shape) != len(self.axes) + 1 or shape[0] != channels or min(shape) < 1:
+            raise BadInput(f"expected an input shape ({channels}, {len(self.axes)} sizes, no batch axis), got {shape}")
+        sizes = []
+        for axis, n in zip(self.axes, shape[1:], strict=True):
+            size = (axis.inputs(n), n) if self.transposed else (n, axis.outputs(n))
+            if min(size) < 1 or (not self.transposed and n < axis.smallest):
+                raise BadInput(f"an input of shape {shape} is too small for this kernel and padding")
+            sizes.append(size)
+        return tuple(sizes)
+
+    def factor(self, sizes: Sequence[tuple[int, int]] | None) -> float:
+        """‖R‖‖E‖, at these sizes or for all."""
+        if sizes is None:
+            return up(math.sqrt(math.prod(axis.factor for axis in self.axes)))
+        return up(math.sqrt(math.prod(axis.embedding(n, m)[2] for axis, (n, m) in zip(self.axes, sizes, strict=True))))
+
+    @cached_property
+    def folded(self) -> Tensor:
+        """The polyphase kernel (groups, out, in·phases, *folded taps), without outer taps that are zero."""
+        weight = self.weight
+        for i, axis in enumerate(self.axes, start=3):
+            weight = weight.movedim(i, -1)
+            weight = pad(weight, (0, axis.folded_taps * axis.phases - axis.taps)).unflatten(-1, (-1, axis.phases))
+            weight = weight.movedim(-1, 3).flatten(2, 3).movedim(-1, i)
+        for i in range(3, weight.ndim):
+            used = weight.movedim(i, 0).flatten(1).any(1).nonzero()
+            weight = weight.narrow(i, int(used[0]), int(used[-1] - used[0]) + 1)
+        return weight
+
+    def apply(self, x: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+        """A x for x (1, groups·in, *n)."""
+        mode = next((axis.mode for axis in self.axes if axis.mode != "zeros"), "constant")
+        x = pad(x, [p for axis in reversed(self.axes) for p in (axis.lo, axis.hi)], mode=mode)
+        run = (conv1d, conv2d, conv3d)[len(self.axes) - 1]
+        stride, dilation = [axis.stride for axis in self.axes], [axis.dilation for axis in self.axes]
+        y = run(x, self.weight.flatten(0, 1), None, stride, 0, dilation, self.weight.shape[0])
+        return y[(..., *(slice(m) for _, m in sizes))]  # output padding may allow rows that a transposed layer has not
+
+
+def _is_ours(layer: nn.Module) -> bool:
+    return parametrize.type_before_parametrizations(layer) in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+
+
+def _unknown(layer: nn.Module, method: str) -> Refused:
+    return Refused(
+        f"no bound is known for {type(layer).__module__}.{type(layer).__qualname__}: use torch's Linear, Conv or "
+        f"ConvTranspose layers themselves, or give the module a method `{method}` of its own"
+    )
+
+
+def _users(layer: nn.Module, name: str, *arguments: object) -> float:
+    method = getattr(layer, name, None)
+    if not callable(method):
+        raise _unknown(layer, name)
+    bound = float(method(*arguments))  # type: ignore[arg-type]
+    if not (math.isfinite(bound) and bound >= 0):
+        raise Refused(f"{type(layer).__qualname__}.{name} gave {bound}: a bound is finite and not negative")
+    return bound
+
+
+def _read(layer: nn.Module) -> _Convolution:
+    kind = parametrize.type_before_parametrizations(layer)
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        raise Refused(
+            f"this {kind.__name__} has forward hooks or a replaced forward, which may change what it computes: remove "
+            "them (torch.nn.utils.parametrizations replace the old weight_norm and spectral_norm)"
+        )
+    weight = layer.weight.detach()  # type: ignore[operator, union-attr]
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise Refused(f"the weight of this {kind.__name__} is not real floating point: use a real layer")
+    weight = weight.to("cpu", torch.float64)
+    if not weight.isfinite().all():
+        raise Refused(f"the weight of this {kind.__name__} is not finite: training diverged or the file is damaged")
+    if isinstance(layer, nn.Linear):
+        return _Convolution.of(weight[None, :, :, None], (_POINT,), linear=True)
+    assert isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED))
+    pads = _pads(layer)
+    # the weight of a transposed layer, (in, out/groups, *taps), is that of its adjoint
+    transposed = isinstance(layer, _TRANSPOSED)
+    extras = layer.output_padding if transposed else [0] * len(pads)
+    axes = tuple(
+        _Axis(k, s, d, lo, hi, layer.padding_mode if lo or hi else "zeros", extra)
+        for k, s, d, (lo, hi), extra in zip(layer.kernel_size, layer.stride, layer.dilation, pads, extras, strict=True)
+    )
+    return _Convolution.of(weight.unflatten(0, (layer.groups, -1)), axes, transposed=transposed)
+
+
+def _pads(layer: nn.Module) -> list[tuple[int, int]]:
+    if layer.padding == "valid":
+        return [(0, 0) for _ in layer.kernel_size]  # type: ignore[union-attr]
+    if layer.padding == "same":
+        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]  # type: ignore[arg-type]
+        return [(span // 2, span - span // 2) for span in spans]
+    return [(p, p) for p in layer.padding]  # type: ignore[union-attr]
+
+
+# --- the bounds -----------------------------------------------------------------------------------------------------
+
+
+def _bound(convolution: _Convolution, sizes: tuple[tuple[int, int], ...] | None) -> float:
+    """The least of the bounds that are affordable, for the scaled weight."""
+    absolute = _absolute(convolution, sizes)
+    gram = None if sizes is None else _Gram(convolution, sizes, absolute)
+    if gram is not None and (convolution.linear or gram.flops <= _GRAM_FLOPS_AT_ONCE):
+        return min(absolute, gram.bound())
+    best = min(absolute, _symbol_bound(convolution, sizes))
+    if gram is not None and gram.flops <= _GRAM_FLOPS and best > gram.estimate * (1 + 5e-4):
+        best = min(best, gram.bound())
+    return best
+
+
+def _absolute(convolution: _Convolution, sizes: tuple[tuple[int, int], ...] | None) -> float:
+    return up(_schur(convolution.folded) * convolution.factor(sizes))
+
+
+def _schur(weight: Tensor) -> float:
+    """√(largest row sum · largest column sum) of absolute values, largest group."""
+    columns, rows = weight.abs().flatten(3).sum(-1).sum(1), weight.abs().flatten(2).sum(-1)
+    product = (columns.amax(1) * rows.amax(1)).max()
+    return up(math.sqrt(float(product)) * (1 + gamma(weight.numel() + 4, _U)))
+
+
+def _symbol_bound(convolution: _Convolution, sizes: tuple[tuple[int, int], ...] | None) -> float:
+    """‖R‖‖E‖ max σ₁(K̂): over the torus, or over the best of several grids where the sizes are so small that it matters."""
+    factor, symbol = convolution.factor(sizes), _Symbol(convolution.folded)
+    if not any(symbol.radii):
+        one_tap = _Convolution(convolution.folded.flatten(3), 0, (_POINT,), linear=True)
+        return up(factor * _Gram(one_tap, ((1, 1),), _schur(one_tap.weight)).bound())
+    best = top = _cover(symbol, _TOLERANCE if sizes is None else _TOLERANCE_AT_SHAPE)
+    if sizes is not None:
+        grids = [axis.embedding(n, m)[:2] for axis, (n, m) in zip(convolution.axes, sizes, strict=True)]
+        angle = sum(math.pi * r / n for r, (n, _) in zip(symbol.radii, grids, strict=True))
+        if angle > 1 or 1 / math.cos(angle) - 1 > _TOLERANCE_AT_SHAPE:
+            for grid in _grids(grids, top[1]):
+                best = min(best, _cover(symbol, _TOLERANCE_AT_SHAPE, grid, top, best[0]))
+    return up(factor * best[0])
+
+
+_Grid = tuple[tuple[int, float], ...]
+
+
+def _grids(least: list[tuple[int, bool]], peak: list[float]) -> list[_Grid]:
+    """Grids (N, θ) per axis that are all sound; where an axis is free, those that straddle the peak are the lowest."""
+    astride = tuple(_astride(n, w) if free else (n, 0.0) for (n, free), w in zip(least, peak, strict=True))
+    choices = [[(n, 0.0), (n, 0.5)] if free else [(n, 0.0)] for n, free in least]
+    return list(dict.fromkeys([astride, *itertools.product(*choices)]))
+
+
+def _astride(least: int, peak: float) -> tuple[int, float]:
+    """The grid (N ≥ least, θ in {0, 1/2}) whose points stay farthest from ±peak."""
+
+    def distance(grid: tuple[int, float]) -> float:
+        n, offset = grid
+        place = n * peak / (2 * math.pi) - offset
+        return abs(place - round(place)) / n
+
+    return max(itertools.product(range(least, 2 * least), (0.0, 0.5)), key=distance)
+
+
+class _Symbol:
+    """K̂(ω) of a folded kernel (groups, out, in, *taps), transposed so that K̂ᴴK̂ is the smaller Gram matrix."""
+
+    def __init__(self, weight: Tensor) -> None:
+        if weight.shape[1] < weight.shape[2]:
+            weight = weight.transpose(1, 2)
+        self.shape = tuple(weight.shape[:3])
+        sizes = weight.shape[3:]
+        self.radii = [(k - 1) / 2 for k in sizes]
+        self.taps = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float64) for k in sizes)).view(-1, len(sizes))
+        self.kernel = weight.flatten(3).permute(3, 0, 1, 2).flatten(1)
+        groups, rows, columns = self.shape
+        self.flops = 8.0 * groups * columns * columns * (rows + columns)  # at one frequency
+        size = float(weight.abs().flatten(3).sum(-1).flatten(1).norm(dim=1).max())  # ‖K̂‖_F is never more
+        # phases: the angle's error, its cosine's, the products'; then a sum over the taps
+        self.slack = _U * (2 * len(self.taps) + 64 * sum(sizes) + 64) * size
+        self.size = size
+        self.at_once = max(1, int(_CHUNK / math.prod(self.shape)))
+
+    def inflate(self, c: float) -> float:
+        """From σ₁(fl K̂)² ≤ t² ≤ c², as a completed Cholesky factorisation shows it, to a bound on the true σ₁ where t ≥ c/2."""
+        _, rows, columns = self.shape
+        gram = 4 * gamma(2 * rows + 4, _U) * self.size**2
+        cholesky = (4 * gamma(4 * columns + 8, _U) * columns + 4 * _U) * c**2
+        squared = gram + cholesky
+        return up(c * (1 + 64 * _U) + 2 * self.slack + 2 * min(math.sqrt(squared), squared / c), 8)
+
+    def gram(self, frequency: Tensor) -> Tensor:
+        """K̂(ω)ᴴK̂(ω) for ω (points, axes): (points, groups, in, in)."""
+        angle = frequency @ self.taps.T
+        real, imaginary = ((f(angle) @ self.kernel).view(-1, *self.shape) for f in (torch.cos, torch.sin))
+        both, cross = torch.cat([real, imaginary], dim=-2), imaginary.mT @ real  # three real products: faster
+        return torch.complex(both.mT @ both, cross - cross.mT)
+
+
+def _cover(
+    symbol: _Symbol,
+    tolerance: float,
+    grid: _Grid | None = None,
+    ceiling: tuple[float, list[float]] = (math.inf, []),
+    below: float = math.inf,
+) -> tuple[float, list[float]]:
+    """(c, ω): σ₁(K̂) ≤ c, within about ``tolerance`` of the largest, near ω; on the torus, or on the grid 2π(j + θ)/N.
+
+    A grid needs the torus's own answer as ``ceiling``; the ceiling is given back where the grid is too dear, or no better
+    than ``below``. Boxes are counted in units of 2π/N; on the torus they are filled, on a grid they end at their outer
+    points. As K̂(-ω) is the conjugate of K̂(ω), half of the first axis is enough.
+    """
+    filled = grid is None
+    grid = grid or tuple((2**40, 0.0) for _ in symbol.radii)
+    cell = torch.tensor([2 * math.pi / n for n, _ in grid], dtype=torch.float64)
+    offset = torch.tensor([theta for _, theta in grid], dtype=torch.float64)
+    radii = torch.tensor(symbol.radii, dtype=torch.float64)
+    start, length = torch.zeros(1, len(grid), dtype=torch.int64), torch.tensor([[n for n, _ in grid]])
+    length[0, 0] = length[0, 0] // 2 if filled else length[0, 0] // 2 + 1 if grid[0][1] == 0 else (length[0, 0] + 1) // 2
+
+    def centres() -> tuple[Tensor, Tensor]:
+        reach = (length - (0 if filled else 1)) / 2
+        return (start + reach + offset) * cell, reach * cell @ radii
+
+    while float(centres()[1].max()) > _COARSEST:
+        start, length = _split(start, length, cell * radii)
+    values = torch.zeros(len(start), dtype=torch.float64)
+    if filled:
+        highest, where, values = _climb(symbol, centres()[0], length[0] * cell / 4 * (radii > 0))
+    else:  # the grid's points about ±peak
+        peak = torch.tensor(ceiling[1], dtype=torch.float64)
+        corners = torch.cartesian_prod(*(torch.arange(2.0, dtype=torch.float64) for _ in grid)).view(-1, len(grid))
+        nearest = torch.cat([(sign * peak / cell - offset).floor() + corners + offset for sign in (1, -1)]) * cell
+        highest, where = _largest(symbol.gram(nearest)), peak
+    target = max(1e-7 * symbol.size, highest * (1 + tolerance))
+    while len(start):
+        if not filled and (target >= below or len(start) * symbol.flops > _SYMBOL_FLOPS):
+            return ceiling
+        frequency, rho = centres()
+        dear = filled and 2 ** len(grid) * len(start) * symbol.flops > _SYMBOL_FLOPS
+        closed = torch.zeros(len(start), dtype=torch.bool)
+        hopeful = (values <= _allowed(target, rho, ceiling[0]) ** 2).nonzero().flatten()
+        for chunk in hopeful.split(symbol.at_once):
+            gram, left = symbol.gram(frequency[chunk]), torch.arange(len(chunk))
+            while True:
+                allowed = _allowed(target, rho[chunk[left]], ceiling[0])
+                passed = (allowed >= target / 2) & _positive_definite(allowed**2, gram[left])
+                closed[chunk[left[passed]]] = True
+                left, allowed = left[~passed], allowed[~passed]
+                final = allowed >= target * (1 - (_LOOSEST if dear else tolerance / 4))
+                if not final.any():
+                    break
+                # no use in splitting these: what is asked is too little
+                target = (1 + tolerance / 2) * max(target, _largest(gram[left[final]]))
+        start, length = _split(start[~closed], length[~closed], cell * radii)
+        values = torch.zeros(len(start), dtype=torch.float64)  # not estimated: nearly all of the small boxes pass
+    return symbol.inflate(target), where.tolist()
+
+
+def _allowed(c: float, rho: Tensor, ceiling: float) -> Tensor:
+    """The largest σ₁ at a centre that keeps a box of angle ρ below c: M cos(arccos(c/M) + ρ), M the ceiling or c itself."""
+    away = math.sqrt((ceiling - c) * (ceiling + c)) if c < ceiling < math.inf else 0.0
+    return c * rho.cos() - away * rho.sin()
+
+
+def _split(start: Tensor, length: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes halved along the axes on which they are wide, so that they stay about cubes in Σ r_i |ω_i|."""
+    if not len(start):
+        return start, length
+    extent = (length.amax(0) - 1) * weight
+    for i in (extent > 0.51 * extent.max()).nonzero().flatten().tolist():
+        right = length[:, i] // 2
+        moved, kept, shrunk = start.clone(), length.clone(), length.clone()
+        kept[:, i] -= right
+        moved[:, i] += kept[:, i]
+        shrunk[:, i] = right
+        start, length = torch.cat([start, moved[right > 0]]), torch.cat([kept, shrunk[right > 0]])
+    return start, length
+
+
+def _power(gram: Tensor, vector: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """About the largest eigenvalues (points,) of (points, groups, n, n), the largest over the groups, and the vectors."""
+    for _ in range(steps):
+        vector = gram @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(1e-300))
+    return torch.linalg.vector_norm(vector, dim=(-2, -1)).amax(1), vector
+
+
+def _random(gram: Tensor) -> Tensor:
+    vector = torch.randn(gram.shape[-1], 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return vector.to(gram.dtype).expand(*gram.shape[:-1], 1)
+
+
+def _largest(gram: Tensor) -> float:
+    """About the largest σ₁ = √λ of all. No bound."""
+    likely = _power(gram, _random(gram), 8)[0].topk(min(4, len(gram))).indices
+    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram[likely])[..., -1].max())))
+
+
+def _climb(symbol: _Symbol, frequency: Tensor, step: Tensor) -> tuple[float, Tensor, Tensor]:
+    """About the largest σ₁(K̂) on the torus and where, by pattern search from the best of the given places. No bound.
+
+    Also, about, σ₁² at these places.
+    """
+    around = torch.cartesian_prod(*(torch.tensor([0.0, -1.0, 1.0] if h > 0 else [0.0]).double() for h in step))
+    around = around.view(-1, len(step)) * step
+    values = []
+    for part in frequency.split(symbol.at_once):
+        gram = symbol.gram(part)
+        values.append(_power(gram, _random(gram), 8)[0])
+    values = torch.cat(values)
+    place = frequency[values.topk(min(3, len(values))).indices]
+    vector = _random(symbol.gram(place))
+    value = values[:1]
+    for _ in range(6):
+        tried = (place[:, None] + around).flatten(0, 1)
+        value, vector = _power(symbol.gram(tried), vector.repeat_interleave(len(around), 0), 5)
+        best = value.view(len(place), -1).argmax(1) + torch.arange(len(place)) * len(around)
+        place, vector, value, around = tried[best], vector[best], value[best], around / 2
+    return _largest(symbol.gram(place)), place[value.argmax()], values
+
+
+def _positive_definite(c: Tensor, gram: Tensor) -> Tensor:
+    """Whether the Cholesky factorisation of cI - G runs to completion, for each of (points, groups, n, n): all groups."""
+    shifted = -gram
+    shifted.diagonal(dim1=-2, dim2=-1).add_(c[:, None, None])
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    return ((info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)).all(-1)
+
+
+class _Gram:
+    """G = AᵀA or AAᵀ, whichever is cheaper, ordered along one axis in slabs so wide that only neighbours couple.
+
+    Per axis and tap, S_u (outputs x inputs) says which pixel a tap meets: A = Σ_u K_u ⊗ S_u₁ ⊗ S_u₂ …, so that
+    G = Σ_{u,u'} K_uᵀK_u' ⊗ S_u₁ᵀS_u'₁ ⊗ …, formed without A; the S are exact whole numbers.
+    """
+
+    def __init__(self, convolution: _Convolution, sizes: tuple[tuple[int, int], ...], absolute: float) -> None:
+        self.convolution, self.sizes, self.absolute = convolution, sizes, absolute
+        plans = [self._plan(rowwise, i) for rowwise in (False, True) for i in range(len(sizes))]
+        self.flops, self.rowwise, self.axis, self.width = min(plans)
+
+    def _plan(self, rowwise: bool, i: int) -> tuple[float, bool, int, int]:
+        """(operations, G = AAᵀ?, axis, width of a slab)."""
+        groups, order, n = self.convolution.weight.shape[0], self._order(rowwise), self.sizes[i][rowwise]
+        taps = self.convolution.weight.shape[3:]
+        if order <= _SMALL:
+            width = n
+        else:
+            band = _Incidence.of(self.convolution.axes[i], *self.sizes[i], rowwise).band
+            width = min(n, max(1, band, 128 * n // order))
+        slabs, block, slice_ = -(-n // width), order // n * width, order // n * taps[i]
+        flops = groups * block**3 * (3.4 * slabs if slabs > 1 else 1.0)
+        taps_squared = (self.convolution.weight.shape[1 if rowwise else 2] * math.prod(taps)) ** 2
+        fits = groups * max(block**2, slice_**2, taps_squared) <= _ENTRIES or self.convolution.linear
+        return flops if fits else math.inf, rowwise, i, width
+
+    def _order(self, rowwise: bool) -> int:
+        return self.convolution.weight.shape[1 if rowwise else 2] * math.prod(size[rowwise] for size in self.sizes)
+
+    def bound(self) -> float:
+        """√c for the least c tried for which cI - G is proved positive semi-definite; inf if none is."""
+        estimate, floor = self.estimate**2, 1e-13 * self.absolute**2
+        precise = self._order(self.rowwise) <= _SMALL
+        for margin in (1e-12, 1e-9, 1e-6, 1e-3, 1e-1) if precise else (2e-4, 2e-3, 2e-2):
+            c = max(floor, estimate * (1 + margin))
+            if self._proves(c):
+                return up(math.sqrt(c + self._slack(c)))
+        return math.inf
+
+    def _slack(self, c: float) -> float:
+        """What rounding can have hidden: in forming G, in cI - G, in the factorisation (four times what theory asks)."""
+        weight, order = self.convolution.weight, self._order(self.rowwise)
+        inner = weight.shape[2 if self.rowwise else 1] + sum(k * k + 2 for k in weight.shape[3:])
+        return up((2 * gamma(inner, _U) + 4 * _U) * self.absolute**2 + (4 * gamma(order + 2, _U) * order + 4 * _U) * c)
+
+    def _proves(self, c: float) -> bool:
+        diagonal, upper = self.slabs
+        coupling: Tensor | None = None
+        for j, block in enumerate(diagonal):
+            shifted = -block
+            shifted.diagonal(dim1=1, dim2=2).add_(c)
+            if coupling is not None:
+                shifted -= coupling.mT @ coupling
+            factor, info = torch.linalg.cholesky_ex(shifted)
+            if info.any() or not factor.diagonal(dim1=1, dim2=2).isfinite().all():
+                return False
+            if j < len(upper):
+                coupling = torch.linalg.solve_triangular(factor, -upper[j], upper=False)
+        return True
+
+    @cached_property
+    def estimate(self) -> float:
+        """About ‖A‖: from the eigenvalues of a small G, else by Lanczos, from below. No bound."""
+        order = self._order(self.rowwise)
+        if order <= _SMALL:
+            return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(self.slabs[0][0])[:, -1].max())))
+        groups, _, channels, *_ = self.convolution.weight.shape
+        if self.convolution.linear:
+            gram = self.slabs[0][0]
+            return _lanczos(lambda x: (gram @ x.view(groups, order, 1)).flatten(), groups * order)
+        shape = (1, groups * channels, *(n for n, _ in self.sizes))
+
+        def normal(x: Tensor) -> Tensor:
+            with torch.inference_mode(False), torch.enable_grad():
+                x = x.view(shape).requires_grad_()
+                y = self.convolution.apply(x, self.sizes)
+                return torch.autograd.grad(y, x, y.detach())[0].flatten()
+
+        return _lanczos(normal, math.prod(shape))
+
+    @cached_property
+    def slabs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The diagonal blocks of G and those above them, each (groups, b, b'); equal ones are one tensor."""
+        weight = self.convolution.weight.transpose(1, 2) if self.rowwise else self.convolution.weight
+        ordered = [self.axis, *(i for i in range(len(self.sizes)) if i != self.axis)]
+        weight = weight.permute(0, 1, 2, *(3 + i for i in ordered))
+        slabbed, *others = (_Incidence.of(self.convolution.axes[i], *self.sizes[i], self.rowwise) for i in ordered)
+
+        groups, _, channels, *taps = weight.shape
+        flat = weight.flatten(2)
+        product = (flat.mT @ flat).view(groups, channels, *taps, channels, *taps)
+        paired = [i for axis in range(len(taps)) for i in (2 + axis, 3 + len(taps) + axis)]
+        product = product.permute(0, 1, 2 + len(taps), *paired)
+        product = product.reshape(groups, channels, channels, *(k * k for k in taps))
+        for incidence in others:
+            every = incidence.dense(0, incidence.pixels)
+            product = torch.tensordot(product, _overlap(every, every).flatten(2).flatten(0, 1), dims=([4], [0]))
+
+        made: dict[tuple[object, ...], Tensor] = {}
+
+        def block(i: int, j: int) -> Tensor:
+            overlap = _overlap(*(slabbed.dense(k * self.width, (k + 1) * self.width) for k in (i, j)))
+            key = (*overlap.shape, overlap.numpy().tobytes())
+            if key not in made:
+                sides = [(incidence.pixels, incidence.pixels) for incidence in others] + [overlap.shape[2:]]
+                entries = torch.tensordot(product, overlap.flatten(2).flatten(0, 1), dims=([3], [0]))
+                entries = entries.view(groups, channels, channels, *(n for side in sides for n in side))
+                entries = entries.permute(0, 1, *range(3, entries.ndim, 2), 2, *range(4, entries.ndim, 2))
+                made[key] = entries.reshape(groups, channels * math.prod(n for n, _ in sides), -1)
+            return made[key]
+
+        count = -(-slabbed.pixels // self.width)
+        return [block(j, j) for j in range(count)], [block(j, j + 1) for j in range(count - 1)]
+
+
+@dataclass(frozen=True)
+class _Incidence:
+    """The ones of S_u (others x pixels) on one axis, sorted by pixel: the pixel is the input, or the output if rowwise."""
+
+    tap: np.ndarray
+    other: np.ndarray
+    pixel: np.ndarray
+    taps: int
+    others: int
+    pixels: int
+
+    @classmethod
+    def of(cls, axis: _Axis, n: int, m: int, rowwise: bool) -> _Incidence:
+        tap, output = (x.ravel() for x in np.meshgrid(np.arange(axis.taps), np.arange(m), indexing="ij"))
+        source = axis.sources(n)[axis.stride * output + axis.dilation * tap]
+        tap, output, source = tap[source >= 0], output[source >= 0], source[source >= 0]
+        (other, others), (pixel, pixels) = ((source, n), (output, m)) if rowwise else ((output, m), (source, n))
+        order = np.argsort(pixel, kind="stable")
+        return cls(tap[order], other[order], pixel[order], axis.taps, others, pixels)
+
+    @cached_property
+    def band(self) -> int:
+        """The largest distance of two pixels that share an other, so that G couples them."""
+        first, last = np.full(self.others, self.pixels), np.full(self.others, -1)
+        np.minimum.at(first, self.other, self.pixel)
+        np.maximum.at(last, self.other, self.pixel)
+        return int((last - first).max(initial=0))
+
+    def dense(self, start: int, stop: int) -> tuple[int, Tensor]:
+        """(o, S) with S (taps, others from o on that are met, pixels from start to stop)."""
+        stop = min(stop, self.pixels)
+        part = slice(*np.searchsorted(self.pixel, [start, stop]))
+        tap, other, pixel = self.tap[part], self.other[part], self.pixel[part]
+        low = int(other.min(initial=self.others))
+        ones = torch.zeros(self.taps, max(0, int(other.max(initial=-1)) + 1 - low), stop - start, dtype=torch.float64)
+        ones[tap, other - low, pixel - start] = 1.0
+        return low, ones
+
+
+def _overlap(a: tuple[int, Tensor], b: tuple[int, Tensor]) -> Tensor:
+    """S_uᵀS_u' (taps, taps, pixels, pixels): how many others two pixels share through two taps."""
+    (low, left), (low_, right) = a, b
+    begin, end = max(low, low_), min(low + left.shape[1], low_ + right.shape[1])
+    size = max(0, end - begin)
+    left, right = left.narrow(1, begin - low if size else 0, size), right.narrow(1, begin - low_ if size else 0, size)
+    return torch.einsum("uoi,voj->uvij", left, right)
+
+
+def _lanczos(apply: Callable[[Tensor], Tensor], size: int, steps: int = 40) -> float:
+    """√ of about the largest eigenvalue of a symmetric operator on R^size, from below."""
+    x = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis, diagonal, beside = [x / x.norm()], [], []
+    while True:
+        y = apply(basis[-1])
+        diagonal.append(float(y @ basis[-1]))
+        stacked = torch.stack(basis)
+        for _ in range(2):  # once is not enough for orthogonality
+            y = y - stacked.T @ (stacked @ y)
+        norm = float(y.norm())
+        if len(diagonal) == min(steps, size) or norm <= 1e-13 * abs(diagonal[0]):
+            break
+        beside.append(norm)
+        basis.append(y / norm)
+    tridiagonal = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    return math.sqrt(max(0.0, float(np.linalg.eigvalsh(tridiagonal)[-1])))
