@@ -1,0 +1,24 @@
+"""Modules: gradient flows, what goes between them, and the networks made of them."""
+
+from nonexpansive.nn.control import AdaptiveSteps, MaximalStep, NormControl, Rescale
+from nonexpansive.nn.flow import GradientFlow, project
+from nonexpansive.nn.resize import Lifted, Relaxed, Residual, Scale
+from nonexpansive.nn.sort import GroupSort, MaxMin
+from nonexpansive.nn.spline import ClippedRamps, LinearSpline
+
+__all__ = [
+    "AdaptiveSteps",
+    "ClippedRamps",
+    "GradientFlow",
+    "GroupSort",
+    "Lifted",
+    "LinearSpline",
+    "MaxMin",
+    "MaximalStep",
+    "NormControl",
+    "Relaxed",
+    "Rescale",
+    "Residual",
+    "Scale",
+    "project",
+]

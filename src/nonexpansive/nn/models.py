@@ -1,0 +1,156 @@
+"""Whole networks by name, each built from a plain config that a checkpoint can hold."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nonexpansive.errors import BadInput
+from nonexpansive.math.certificate import Certificate, Shape, chain, fold, isometry, rule, split_averaged
+from nonexpansive.math.enclosure import Affine, Enclosure
+from nonexpansive.math.rounding import up
+from nonexpansive.math.tableau import tableau
+from nonexpansive.nn.flow import GradientFlow
+from nonexpansive.nn.resize import Lifted
+from nonexpansive.nn.spline import ClippedRamps, LinearSpline
+
+REFERENCE_LEVEL = 25 / 255
+"""The noise level, on the scale of [0, 1] images, that learned activations take as 1."""
+
+_LEVELLED: dict[str, Callable[[int], nn.Module]] = {"clipped_ramps": ClippedRamps, "linear_spline": LinearSpline}
+
+
+class Flows(nn.ModuleList):
+    """Gradient flows one after the other; each is given the noise level, if there is one."""
+
+    def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
+        for flow in self:
+            x = flow(x, *level)
+        return x
+
+
+@rule(Flows)
+def _flows(module: Flows, shape: Shape, unit: float) -> Certificate:
+    parts = [fold(flow, shape, unit) for flow in module]
+    return chain(*parts, rule="Flows") if parts else isometry(shape, shape, "Flows, none", averaged=0.0)
+
+
+class Denoiser(nn.Module):
+    """An α-averaged denoiser D(y, σ): lift by an isometry, gradient flows, project by its adjoint (Sherry et al. 2024, §5).
+
+    ``model(noisy, sigma)``: images (B, C, H, W) in [0, 1], any H and W; σ, the standard deviation of the noise in the same unit, a
+    number or (B,). For every fixed σ ≥ 0 the map y ↦ D(y, σ) is ``alpha``-averaged.
+
+    - ``channels``: 1 (grey) or 3 (colour); ``features``: channels of the flows; ``blocks``: their number; ``kernel``: their kernel size.
+    - ``factor``: the flows work at 1/factor of the resolution, on pixel-unshuffled images (an isometry), which for the same receptive
+      field costs factor² times less.
+    - ``activation``: "clipped_ramps" or "linear_spline", learned, into whose thresholds σ enters; or any fixed activation by name, for
+      which σ enters by scaling, D(y, σ) = μ⁻¹T(μy) with μ = 25/(255σ).
+    - ``method``, ``control``, ``recompute``: as for :class:`GradientFlow`.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        features: int = 64,
+        blocks: int = 10,
+        kernel: int = 3,
+        factor: int = 2,
+        activation: str = "clipped_ramps",
+        alpha: float = 0.9,
+        method: str = "euler",
+        control: str = "maximal",
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        if channels not in (1, 3):
+            raise BadInput(f"channels must be 1 (grey) or 3 (colour), not {channels}")
+        if channels * factor**2 > features:
+            raise BadInput(f"{channels} channels unshuffled by {factor} need features ≥ {channels * factor**2}, not {features}")
+        if kernel % 2 == 0:
+            raise BadInput(f"kernel must be odd, so that the flows keep the image's size; not {kernel}")
+        if not 0 < alpha < 1:
+            raise BadInput(f"alpha must lie strictly between 0 and 1, not {alpha}")
+        self.channels, self.alpha = channels, alpha
+        self.levelled = activation in _LEVELLED
+        each = split_averaged(alpha, blocks)
+
+        def flow() -> GradientFlow:
+            linear = nn.Conv2d(features, features, kernel, padding=kernel // 2, bias=not self.levelled)
+            sigma = _LEVELLED[activation](features) if self.levelled else activation
+            return GradientFlow(linear, sigma, method=method, control=control, alpha=each, recompute=recompute)
+
+        self.lifted = Lifted(Flows(flow() for _ in range(blocks)), features, factor)
+        self.reach = factor * (1 + blocks * tableau(method).stages * (kernel - 1))
+        """An output pixel depends on no input further than this many pixels away along an axis."""
+
+    def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
+        if noisy.ndim != 4 or noisy.shape[1] != self.channels:
+            raise BadInput(f"this denoiser takes images (B, {self.channels}, H, W), not {tuple(noisy.shape)}")
+        level = torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device) / REFERENCE_LEVEL
+        x = noisy - 0.5
+        if self.levelled:
+            return self.lifted(x, level) + 0.5
+        scale = level.reshape(-1, 1, 1, 1).clamp_min(1e-4)
+        return self.lifted(x / scale) * scale + 0.5
+
+
+@rule(Denoiser)
+def _denoiser(module: Denoiser, shape: Shape, unit: float) -> Certificate:
+    inner = fold(module.lifted, shape, unit)
+    half = Enclosure(Affine(0.0, up(0.5 * up(math.prod(shape) ** 0.5))), Affine(), unit)
+    x = Enclosure.input(unit) + half
+    # μ⁻¹T(μ·) has T's slopes; its constants are those of T times the level, which is at most 1/REFERENCE_LEVEL for σ ≤ 1
+    largest = 1.0 if module.levelled else up(1 / REFERENCE_LEVEL)
+    scaled = x if module.levelled else x.rounded(x.computed, 4)
+    y = Enclosure(
+        Affine(inner.growth.slope, up(inner.growth.constant * largest)).of(scaled.norm),
+        Affine(inner.error.slope, up(inner.error.constant * largest)).of(scaled.computed) + scaled.error * inner.lipschitz,
+        unit,
+    )
+    y = (y if module.levelled else y.rounded(y.computed, 4)) + half
+    return replace(
+        inner,
+        growth=y.norm,
+        error=y.error,
+        rule="Denoiser: a translation of PTP*, for every fixed noise level",
+        assumptions=(*inner.assumptions, "the noise level is fixed, and at most 1"),
+        parts=(inner,),
+    )
+
+
+def paper_classifier(classes: int = 10, control: str = "adaptive", blocks: int = 5) -> nn.Sequential:
+    """The paper's CIFAR-10 network (254,810 parameters for 5 blocks a stage): images (B, 3, 32, 32) in [0, 1] → logits.
+
+    A 1x1 lift to 16 channels; three stages of Euler blocks (3x3, leaky ReLU 0.01), each followed by a 1x1 convolution that doubles
+    the channels and 2x2 average pooling; global mean; linear.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 1)]
+    for width in (16, 32, 64):
+        for _ in range(blocks):
+            layers.append(GradientFlow(nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.01), control=control))
+        layers += [nn.Conv2d(width, 2 * width, 1), nn.AvgPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"denoiser": Denoiser, "paper_classifier": paper_classifier}
+
+
+def build(architecture: str, **config: Any) -> nn.Module:
+    """A network by the name of its architecture and its config. Raises BadInput for names or keys that do not exist."""
+    if architecture not in ARCHITECTURES:
+        close = difflib.get_close_matches(architecture, ARCHITECTURES, 1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise BadInput(f"no architecture {architecture!r}{hint}; there are {sorted(ARCHITECTURES)}")
+    known = inspect.signature(ARCHITECTURES[architecture]).parameters
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise BadInput(f"{architecture} takes no {', '.join(unknown)}; its settings are {', '.join(known)}")
+    return ARCHITECTURES[architecture](**config)

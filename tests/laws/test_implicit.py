@@ -1,0 +1,173 @@
+"""Laws of the resolvent: it solves its equation to the stated tolerance, is firmly non-expansive, and has the right gradient."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nonexpansive.errors import BadInput, Diverging, Refused
+from nonexpansive.math.tableau import tableau
+from nonexpansive.nn.implicit import Resolvent
+from nonexpansive.nn.spline import ClippedRamps
+
+CASES = [
+    (lambda: nn.Linear(5, 7), (5,)),
+    (lambda: nn.Linear(6, 3, bias=False), (6,)),
+    (lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), (2, 7)),
+    (lambda: nn.Conv2d(2, 4, 3, padding=1, stride=2), (2, 5, 6)),
+    (lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect", groups=2), (2, 4, 4)),
+    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), (4,)),
+]
+ACTIVATIONS = ["relu", "tanh", "softplus", "sigmoid"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of operations on a few numbers each: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def built(case: int, activation: str | nn.Module = "relu", step: float = 1.0, tolerance: float = 1e-11) -> tuple[Resolvent, tuple[int, ...]]:
+    torch.manual_seed(case)
+    make, shape = CASES[case]
+    return Resolvent(make(), activation, step, tolerance).double().eval(), shape
+
+
+def sample(shape: tuple[int, ...], count: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(count, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(resolvent: Resolvent, z: Tensor) -> Tensor:
+    """Aᵀσ(Az + b), by the vector-Jacobian product and nothing of the block's own."""
+    t, pullback = torch.func.vjp(resolvent.linear, z)
+    return pullback(resolvent.activation(t))[0]
+
+
+def norms(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("step", [0.1, 30.0])
+@pytest.mark.parametrize("activation", ["relu", "softplus"])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_it_solves_its_equation(case: int, activation: str, step: float) -> None:
+    loose, shape = built(case, activation, step, 1e-3)
+    tight = copy.deepcopy(loose)
+    tight.tolerance = 1e-9
+    x = sample(shape)
+    for mode in (True, False):
+        z = loose.train(mode)(x)
+        assert (norms(z + step * gradient(loose, z) - x) <= 1e-3 * norms(x).clamp_min(1) * (1 + 1e-9)).all()
+        deviation = torch.tensor([loose.deviation(float(n)) for n in norms(x)])
+        assert (norms(z - tight(x)) <= deviation + 1e-9 * norms(x).clamp_min(1)).all()
+
+
+@given(st.integers(0, len(CASES) - 1), st.sampled_from(ACTIVATIONS), st.floats(-2, 1.5), st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_it_is_firmly_non_expansive_at_every_step(case: int, activation: str, exponent: float, seed: int) -> None:
+    """‖Tx - Ty‖² ≤ ‖x - y‖² - ((1-α)/α)‖(I-T)x - (I-T)y‖² with α = 1/2, and with the smaller α = 1/(2 + 2ν/h)."""
+    resolvent, shape = built(case, activation, 10**exponent)
+    x, y = sample(shape, 8, seed), sample(shape, 8, seed + 1)
+    with torch.no_grad():
+        tx, ty = resolvent(x), resolvent(y)
+        bound = 0.25 if activation == "sigmoid" else 1.0
+        matrix = torch.func.jacrev(resolvent.linear)(x[:1]).reshape(-1, math.prod(shape))
+    nu = 1 / (bound * float(torch.linalg.matrix_norm(matrix, 2)) ** 2)
+    alpha = tableau("implicit_euler").averagedness(nu, resolvent.step)
+    assert alpha <= 0.5 and alpha == pytest.approx(1 / (2 + 2 * nu / resolvent.step))
+    before, after, moved = norms(x - y) ** 2, norms(tx - ty) ** 2, norms(x - y - tx + ty) ** 2
+    for a in (0.5, alpha):
+        assert (after <= before - (1 - a) / a * moved + 1e-8 * before).all()
+
+
+@pytest.mark.parametrize("activation", ["softplus", "tanh"])
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_gradients(case: int, mode: bool, activation: str) -> None:
+    resolvent, shape = built(case, activation, 3.0, 1e-12)
+    resolvent.train(mode)
+    names = [name for name, _ in resolvent.named_parameters()]
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(resolvent, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (sample(shape, 2).requires_grad_(), *resolvent.parameters()), fast_mode=True)
+
+
+def test_memory_does_not_grow_with_the_iterations() -> None:
+    saved = []
+    for step in (0.1, 100.0):
+        resolvent, shape = built(3, "tanh", step)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            resolvent(sample(shape).requires_grad_())
+        saved.append(sum(sizes))
+    assert saved[0] == saved[1]
+
+
+def test_a_sample_does_not_depend_on_the_others() -> None:
+    resolvent, shape = built(0, step=30.0, tolerance=1e-4)
+    x = sample(shape, 6) * torch.logspace(-3, 3, 6, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(resolvent(x), torch.cat([resolvent(row[None]) for row in x]), rtol=1e-12, atol=1e-12)
+
+
+def test_zero_map_zero_input_and_empty_batch() -> None:
+    resolvent, shape = built(0, "relu", 5.0)
+    assert resolvent(torch.zeros(0, *shape, dtype=torch.float64)).shape == (0, *shape)
+    assert torch.isfinite(resolvent(torch.zeros(2, *shape, dtype=torch.float64))).all()
+    for parameter in resolvent.parameters():
+        parameter.data.zero_()
+    x = sample(shape)
+    for mode in (True, False):
+        torch.testing.assert_close(resolvent.train(mode)(x), x)
+
+
+def test_float32_half_inputs_and_autocast() -> None:
+    torch.manual_seed(0)
+    resolvent = Resolvent(nn.Conv2d(2, 4, 3, padding=1), "relu", 10.0).eval()
+    x = torch.randn(2, 2, 8, 8)
+    exact = copy.deepcopy(resolvent).double()
+    exact.tolerance = 1e-12
+    reference = exact(x.double())
+    assert (norms(resolvent(x).double() - reference) <= 1.5e-5 * norms(x)).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(resolvent(x), resolvent(x))
+        assert (norms(resolvent(x).double() - reference) <= 1.5e-5 * norms(x)).all()
+    assert resolvent(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_learned_activation_with_a_level() -> None:
+    torch.manual_seed(0)
+    resolvent = Resolvent(nn.Conv2d(2, 4, 3, padding=1), ClippedRamps(4), 2.0, 1e-10).double().eval()
+    x, level = sample((2, 5, 5), 3).requires_grad_(), torch.tensor([0.0, 1.0, 4.0])
+    z = resolvent(x, level)
+    t, pullback = torch.func.vjp(resolvent.linear, z)
+    residual = z + 2 * pullback(resolvent.activation(t, level))[0] - x
+    assert (norms(residual) <= 1e-10 * norms(x).clamp_min(1) * (1 + 1e-6)).all()
+    z.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in resolvent.parameters())
+
+
+def test_refusals() -> None:
+    with pytest.raises(Refused, match="GELU"):
+        Resolvent(nn.Linear(2, 2), nn.GELU())
+    for step, tolerance in [(0.0, 1e-5), (-1.0, 1e-5), (math.inf, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)]:
+        with pytest.raises(BadInput, match="step"):
+            Resolvent(nn.Linear(2, 2), "relu", step, tolerance)
+    resolvent = Resolvent(nn.Linear(2, 2)).eval()
+    with pytest.raises(BadInput, match="finite"):
+        resolvent(torch.tensor([[math.nan, 1.0]]))
+    torch.manual_seed(0)
+    impossible = Resolvent(nn.Linear(50, 50), "tanh", 1e4, 1e-9).eval()
+    with pytest.raises(Diverging, match="float64"):
+        impossible(torch.randn(2, 50))
