@@ -1,0 +1,23 @@
+"""Training: one loop for every task, on one process or many, that can be killed and resumed exactly."""
+
+from __future__ import annotations
+
+from nonexpansive.train.config import DenoiseData, Run, TrainConfig, apply_overrides
+from nonexpansive.train.data import Patches, PhotoFolder
+from nonexpansive.train.loop import Interrupted, TrainingFailed, fit
+from nonexpansive.train.tasks import DenoiseTask, Task, build_task
+
+__all__ = [
+    "DenoiseData",
+    "DenoiseTask",
+    "Interrupted",
+    "Patches",
+    "PhotoFolder",
+    "Run",
+    "Task",
+    "TrainConfig",
+    "TrainingFailed",
+    "apply_overrides",
+    "build_task",
+    "fit",
+]
