@@ -1,0 +1,45 @@
+"""Figures: pictures side by side, and the residual of a restoration along its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from nonexpansive.app.output import atomic
+
+
+def restoration(
+    path: Path,
+    *,
+    clean: Tensor | None,
+    degraded: Tensor,
+    restored: Tensor,
+    residuals: list[float] | None = None,
+    tolerance: float | None = None,
+    quality: dict[str, dict[str, float]] | None = None,
+) -> None:
+    """Pictures (1, C, H, W) side by side with their PSNR, and, for an iteration, the relative residual at each step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pictures = [("degraded", degraded), ("restored", restored)] + ([("clean", clean)] if clean is not None else [])
+    scores = list((quality or {}).values())
+    height, width = restored.shape[-2:]
+    columns = len(pictures) + (1 if residuals else 0)
+    figure = Figure(figsize=(4 * columns, 4 * height / width + 0.5), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis, (title, picture), score in zip(axes, pictures, [*scores, *[None] * len(pictures)], strict=False):
+        values = picture[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        axis.imshow(values.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"{title}, {score['psnr']:.2f} dB" if score else title)
+        axis.set_axis_off()
+    if residuals:
+        axes[-1].semilogy(range(1, len(residuals) + 1), residuals)
+        if tolerance:
+            axes[-1].axhline(tolerance, linestyle=":", color="grey")
+        axes[-1].set(xlabel="step", title="relative residual, never increasing by proof")
+        axes[-1].grid(alpha=0.3, which="both")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".").lower())

@@ -1,0 +1,144 @@
+"""The command line as a user meets it: results, refusals, exit codes, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("typer", reason="the command line needs the extra nonexpansive[app]")
+pytest.importorskip("deepinv", reason="the forward models need the extra nonexpansive[app]")
+
+import nonexpansive
+from nonexpansive.app import cli
+from nonexpansive.app.images import read_image, write_image
+from nonexpansive.nn.models import build
+
+CONFIG = {"channels": 3, "features": 12, "blocks": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    nonexpansive.save(path, build("denoiser", **CONFIG), "denoiser", CONFIG, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    y, x = torch.meshgrid(torch.linspace(0, 1, 45), torch.linspace(0, 1, 53), indexing="ij")
+    write_image(path, torch.stack((x, y, (6 * x).sin() ** 2)))
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["nonexpansive", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_deblur_a_clean_photograph(monkeypatch, tmp_path, photo, model, capsys):
+    out, figure, result = tmp_path / "o.png", tmp_path / "f.png", tmp_path / "r.json"
+    arguments = ["--model", model, "--kernel", "motion:7,20", "--noise", "1%", "--degrade", "-o", out]
+    assert run(monkeypatch, "deblur", photo, *arguments, "--figure", figure, "--json", result) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("convergence is proved") < printed.index("steps at a relative residual"), "certificate first"
+    values = json.loads(result.read_text())
+    assert values["converged"]
+    assert values["certificate"]["averaged"] < 1
+    residuals = values["residuals"]
+    assert len(residuals) == values["iterations"]
+    assert {"blurred", "restored"} == set(values["quality"])
+    assert read_image(out).tensor.shape == read_image(photo).tensor.shape
+    assert figure.stat().st_size > 1000
+
+
+def test_restore_a_blurred_photograph_of_odd_size_with_unknown_surroundings(monkeypatch, tmp_path, photo, model):
+    np.save(tmp_path / "k.npy", np.ones((3, 5)))
+    out = tmp_path / "o.tiff"
+    arguments = ["--model", model, "--kernel", tmp_path / "k.npy", "--noise", "0.01", "-o", out, "--iterations", 5]
+    assert run(monkeypatch, "deblur", photo, *arguments) == 0
+    assert read_image(out).tensor.shape == (3, 45, 53)
+
+
+def test_sixteen_bits_stay_sixteen(monkeypatch, tmp_path, model):
+    deep = tmp_path / "deep.png"
+    write_image(deep, torch.rand(3, 20, 22), bits=16)
+    assert run(monkeypatch, "denoise", deep, "--noise", "5%", "--model", model, "-o", tmp_path / "o.png") == 0
+    assert read_image(tmp_path / "o.png").bits == 16
+
+
+def test_a_tiled_run_gives_the_picture_of_a_whole_one(monkeypatch, tmp_path, model):
+    wide = tmp_path / "wide.png"
+    write_image(wide, torch.rand(3, 60, 400))
+    common = ["denoise", wide, "--noise", "10%", "--model", model]
+    assert run(monkeypatch, *common, "-o", tmp_path / "whole.png", "--json", tmp_path / "whole.json") == 0
+    assert run(monkeypatch, *common, "-o", tmp_path / "tiled.png", "--json", tmp_path / "tiled.json", "--memory", 1) == 0
+    assert json.loads((tmp_path / "tiled.json").read_text())["tiled"]
+    assert not json.loads((tmp_path / "whole.json").read_text())["tiled"]
+    difference = read_image(tmp_path / "whole.png").tensor - read_image(tmp_path / "tiled.png").tensor
+    assert difference.abs().max() <= 1.01 / 255
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ({"photo": "missing.png"}, 3, "missing.png"),
+        ({"--kernel": "gaussian:x"}, 3, "gaussian:STD"),
+        ({"--kernel": "box:201"}, 3, "larger than the picture"),
+        ({"--noise": "lots"}, 3, "1%"),
+        ({"--model": "denoiser-purple"}, 3, "no shipped model"),
+        ({"--tau": "-1"}, 4, "τ"),
+        ({"--tau": "2.5", "--method": "forward-backward"}, 4, "nearest setting"),
+        ({"--method": "magic"}, 3, "half-quadratic"),
+        ({"-o": "no/such/folder/o.png"}, 3, "no directory"),
+        ({"-o": "o.gif"}, 3, ".png"),
+        ({"--boundary": "mirror"}, 3, "circular"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_writes_nothing(
+    monkeypatch, tmp_path, photo, model, capsys, changes, code, says
+):
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, object] = {"--kernel": "box:3", "--noise": "1%", "-o": "o.png", "--model": model}
+    picture = changes.pop("photo", photo) if "photo" in changes else photo
+    options |= changes
+    arguments = [text for pair in options.items() for text in pair]
+    assert run(monkeypatch, "deblur", picture, "--degrade", *arguments) == code
+    message = capsys.readouterr().err
+    assert says in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_option_is_a_usage_error(monkeypatch, photo):
+    assert run(monkeypatch, "deblur", photo, "--sharpen", 3) == 2
+
+
+def test_the_input_is_never_overwritten(monkeypatch, photo, model, capsys):
+    before = photo.read_bytes()
+    assert run(monkeypatch, "denoise", photo, "--noise", "5%", "--model", model, "-o", photo) == 3
+    assert photo.read_bytes() == before
+
+
+def test_certify_prints_and_writes_the_tree(monkeypatch, tmp_path, model, capsys):
+    arguments = ["certify", model, "--size", "31x33", "--float32", "--json", tmp_path / "c.json"]
+    assert run(monkeypatch, *arguments) == 0
+    assert capsys.readouterr().out.count("GradientFlow") == 2
+    values = json.loads((tmp_path / "c.json").read_text())
+    assert values["arithmetic"] == "float32"
+    assert values["error"]["slope"] > 0
+    assert run(monkeypatch, "certify", model, "--size", "big") == 3
+
+
+def test_models_lists_the_shipped_ones(monkeypatch, capsys):
+    assert run(monkeypatch, "models") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in nonexpansive.models())
