@@ -24,14 +24,25 @@ def prelu(*weights: float) -> nn.PReLU:
 
 
 CASES = [
-    nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.LeakyReLU(0.9), nn.LeakyReLU(1.7), nn.LeakyReLU(0.0), prelu(0.25),
+    nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.LeakyReLU(0.9), nn.LeakyReLU(1.7), nn.LeakyReLU(0.0),
+    prelu(0.25),
     nn.ELU(), nn.ELU(0.3), nn.ELU(2.5), nn.CELU(), nn.CELU(0.2), nn.CELU(3.0), nn.SELU(), nn.Tanh(), nn.Sigmoid(),
-    nn.LogSigmoid(), nn.Softplus(), nn.Softplus(5.0), nn.Softplus(0.3, 40), nn.Softsign(), nn.Softshrink(), nn.Softshrink(0.1),
-    nn.Tanhshrink(), nn.Hardtanh(), nn.Hardtanh(-0.3, 1.7), nn.Hardtanh(0.1, 0.7), nn.Hardsigmoid(), nn.Threshold(0.3, 0.3),
+    nn.LogSigmoid(), nn.Softplus(), nn.Softplus(5.0), nn.Softplus(0.3, 40), nn.Softsign(), nn.Softshrink(),
+    nn.Softshrink(0.1),
+    nn.Tanhshrink(), nn.Hardtanh(), nn.Hardtanh(-0.3, 1.7), nn.Hardtanh(0.1, 0.7), nn.Hardsigmoid(),
+    nn.Threshold(0.3, 0.3),
     nn.Hardshrink(0.0),
 ]  # fmt: skip
-DECREASING = [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.LeakyReLU(-0.2), prelu(-0.1), nn.ELU(-0.5)]
-CLIPPED = [nn.LeakyReLU(1.7), nn.ELU(2.5)]
+DECREASING = [
+    nn.GELU(),
+    nn.GELU("tanh"),
+    nn.SiLU(),
+    nn.Mish(),
+    nn.Hardswish(),
+    nn.LeakyReLU(-0.2),
+    prelu(-0.1),
+    nn.ELU(-0.5),
+]
 GRID = torch.cat([torch.linspace(-12, 12, 400_001), torch.linspace(-90, 90, 100_001)]).double().sort().values
 
 
@@ -45,7 +56,9 @@ def test_slopes_hold_on_a_dense_grid(module: nn.Module) -> None:
     slack = 1e-8 + 2 * bounds.absolute / 6e-5  # rounding of the quotient; softplus's switch
     assert quotient.min() >= bounds.low - slack
     assert quotient.max() <= bounds.high + slack
-    assert quotient.max() >= bounds.high - 2e-3 and quotient.min() <= bounds.low + 2e-3  # and the range is no larger than that
+    # and the range is no larger than that
+    assert quotient.max() >= bounds.high - 2e-3
+    assert quotient.min() <= bounds.low + 2e-3
     assert bounds.lipschitz == max(abs(bounds.low), abs(bounds.high))
 
 
@@ -89,7 +102,8 @@ def test_the_others_are_monotone(module: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Hardshrink(), nn.Threshold(0.1, 20.0), nn.Softplus(1.0, 2.0), nn.Softplus(1.0, 200.0), nn.CELU(-1.0), nn.Softmax(1), nn.Linear(2, 2)],
+    [nn.Hardshrink(), nn.Threshold(0.1, 20.0), nn.Softplus(1.0, 2.0), nn.Softplus(1.0, 200.0),
+     nn.CELU(-1.0), nn.Softmax(1), nn.Linear(2, 2)],
     ids=repr,
 )  # fmt: skip
 def test_what_has_no_slopes_is_refused(module: nn.Module) -> None:
@@ -104,6 +118,13 @@ def test_subclasses_are_not_trusted() -> None:
 
     with pytest.raises(Refused, match="Squared"):
         slopes(Squared())
+
+    class Steeper(ClippedRamps):
+        def forward(self, t: Tensor, level: float | Tensor | None = None) -> Tensor:
+            return 2 * super().forward(t, level)
+
+    with pytest.raises(Refused, match="Steeper"):
+        slopes(Steeper(3))
     register_activation(Squared, lambda module: Slopes(0.0, 3.0))
     assert slopes(Squared()).high == 3
 
@@ -120,7 +141,8 @@ def test_a_module_of_ones_own() -> None:
 def test_parametrized_weights_are_read() -> None:
     module = prelu(0.5, 2.0)
     nn.utils.parametrize.register_parametrization(module, "weight", nn.Sigmoid())
-    assert slopes(module).high == 1.0 and slopes(module).low == pytest.approx(torch.sigmoid(torch.tensor(0.5)).item())
+    assert slopes(module).high == 1.0
+    assert slopes(module).low == pytest.approx(torch.sigmoid(torch.tensor(0.5)).item())
 
 
 @pytest.mark.parametrize("bounds", [(1, 0), (math.nan, 1), (0, math.inf), (0, 1, -1), (0, 1, math.nan)])
@@ -130,7 +152,8 @@ def test_bad_bounds(bounds: tuple[float, ...]) -> None:
 
 
 def test_names() -> None:
-    assert type(activation("relu")) is nn.ReLU and type(activation("Leaky-ReLU")) is nn.LeakyReLU
+    assert type(activation("relu")) is nn.ReLU
+    assert type(activation("Leaky-ReLU")) is nn.LeakyReLU
     module = nn.Tanh()
     assert activation(module) is module
     with pytest.raises(BadInput, match="Did you mean relu"):
@@ -138,9 +161,15 @@ def test_names() -> None:
     assert nn.GELU in REGISTERED
 
 
-# ------------------------------------------------------------------------------------------------------- learned activations
+# ------------------------------------------------------------------------------------------------ learned activations
 
-SPLINES = [ClippedRamps(3), ClippedRamps(3, ramps=1), ClippedRamps(3, ramps=4, threshold=1.0), LinearSpline(3), LinearSpline(3, 5, 2.0)]
+SPLINES = [
+    ClippedRamps(3),
+    ClippedRamps(3, ramps=1),
+    ClippedRamps(3, ramps=4, threshold=1.0),
+    LinearSpline(3),
+    LinearSpline(3, 5, 2.0),
+]
 LEVELS = [None, 0.0, 0.01, 1.0, 30.0]
 
 
@@ -152,7 +181,9 @@ def scrambled(module: nn.Module, scale: float = 3.0) -> nn.Module:
     for _ in range(6):
         t = torch.randn(16, 3, generator=generator)
         optimiser.zero_grad()
-        (module(t, 1 + torch.rand(16, generator=generator)) - 5 * torch.randn(16, 3, generator=generator)).square().mean().backward()
+        (
+            module(t, 1 + torch.rand(16, generator=generator)) - 5 * torch.randn(16, 3, generator=generator)
+        ).square().mean().backward()
         optimiser.step()
     return module.eval()
 
@@ -163,15 +194,22 @@ def test_learned_slopes_stay_in_range(module: nn.Module, level: float | None) ->
     for scale in (0.3, 10.0):
         trained = scrambled(module, scale).double()
         bounds = slopes(trained)
-        assert bounds.low == 0 and bounds.high == 1
+        assert bounds.low == 0
+        assert bounds.high == 1
         t = torch.linspace(-4, 4, 40_001, dtype=torch.float64)[:, None].expand(-1, 3).contiguous()
         with torch.no_grad():
             quotient = trained(t, level).diff(dim=0) / t.diff(dim=0)
-        assert quotient.min() >= -1e-9 and quotient.max() <= 1 + 1e-9
+        assert quotient.min() >= -1e-9
+        assert quotient.max() <= 1 + 1e-9
         assert trained(torch.zeros(2, 3, dtype=torch.float64), level).abs().max() == 0
 
 
-@given(st.integers(0, 2**31), st.floats(0.1, 40), st.integers(1, 6), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@given(
+    st.integers(0, 2**31),
+    st.floats(0.1, 40),
+    st.integers(1, 6),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
 @settings(max_examples=60, deadline=None)
 def test_ramp_weights_never_sum_to_more_than_one(seed: int, scale: float, ramps: int, dtype: torch.dtype) -> None:
     module = ClippedRamps(64, ramps).to(dtype).eval()
@@ -216,16 +254,19 @@ def test_gradients(module: nn.Module, shape: tuple[int, ...]) -> None:
     names = [name for name, _ in module.named_parameters()]
 
     def run(t: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (t, torch.rand(shape[0]).fill_(0.8)))
+        return torch.func.functional_call(
+            module, dict(zip(names, values, strict=True)), (t, torch.rand(shape[0]).fill_(0.8))
+        )
 
-    assert torch.autograd.gradcheck(run, (t, *module.parameters()))
+    assert torch.autograd.gradcheck(run, (t, *module.parameters()), fast_mode=len(shape) == 4)
     assert torch.autograd.gradgradcheck(run, (t, *module.parameters()), fast_mode=True)
 
 
-def test_blocks_make_no_difference() -> None:
+def test_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large inputs are computed block by block, whatever their layout, to the same values and gradients."""
+    monkeypatch.setattr("nonexpansive.nn.spline.BLOCK", 256)
     module = scrambled(ClippedRamps(3)).double()
-    for shape in [(40, 3, 30, 31), (1, 3, 150, 151), (30_000, 3)]:
+    for shape in [(10, 3, 9, 7), (1, 3, 20, 21), (300, 3)]:
         for channels_last in (False, True)[: len(shape) // 2]:
             t = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             t = t.to(memory_format=torch.channels_last) if channels_last else t
@@ -234,7 +275,12 @@ def test_blocks_make_no_difference() -> None:
                 for create_graph in (False, True):  # the second takes the path without blocks
                     x = t.clone().requires_grad_()
                     out = module(x, level)
-                    results.append((out, *torch.autograd.grad(out.sin().sum(), (x, *module.parameters()), create_graph=create_graph)))
+                    results.append(
+                        (
+                            out,
+                            *torch.autograd.grad(out.sin().sum(), (x, *module.parameters()), create_graph=create_graph),
+                        )
+                    )
                 for one, two in zip(*results, strict=True):
                     torch.testing.assert_close(one, two)
                 some = module(t[:1], level if isinstance(level, float) else level[:1])
@@ -252,7 +298,7 @@ def test_learned_activations_round_as_stated(module: nn.Module, dtype: torch.dty
     assert (error <= slopes(module).ulps * UNIT[dtype] * t.double().abs()).all()
 
 
-@pytest.mark.parametrize("module", SPLINES, ids=repr)
+@pytest.mark.parametrize("module", [ClippedRamps(3), LinearSpline(3)], ids=repr)
 def test_learned_activations_compile_and_transform(module: nn.Module) -> None:
     module = scrambled(module)
     t = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Laws of the resolvent: it solves its equation to the stated tolerance, is firmly non-expansive, and has the right gradient."""
+"""Laws of the resolvent: solved to a stated tolerance, firmly non-expansive, with the right gradient."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def built(case: int, activation: str | nn.Module = "relu", step: float = 1.0, tolerance: float = 1e-11) -> tuple[Resolvent, tuple[int, ...]]:
+def built(
+    case: int, activation: str | nn.Module = "relu", step: float = 1.0, tolerance: float = 1e-11
+) -> tuple[Resolvent, tuple[int, ...]]:
     torch.manual_seed(case)
     make, shape = CASES[case]
     return Resolvent(make(), activation, step, tolerance).double().eval(), shape
@@ -84,7 +86,8 @@ def test_it_is_firmly_non_expansive_at_every_step(case: int, activation: str, ex
         matrix = torch.func.jacrev(resolvent.linear)(x[:1]).reshape(-1, math.prod(shape))
     nu = 1 / (bound * float(torch.linalg.matrix_norm(matrix, 2)) ** 2)
     alpha = tableau("implicit_euler").averagedness(nu, resolvent.step)
-    assert alpha <= 0.5 and alpha == pytest.approx(1 / (2 + 2 * nu / resolvent.step))
+    assert alpha <= 0.5
+    assert alpha == pytest.approx(1 / (2 + 2 * nu / resolvent.step))
     before, after, moved = norms(x - y) ** 2, norms(tx - ty) ** 2, norms(x - y - tx + ty) ** 2
     for a in (0.5, alpha):
         assert (after <= before - (1 - a) / a * moved + 1e-8 * before).all()

@@ -21,7 +21,8 @@ ORDERS = {
     "ralston3": 3, "midpoint": 2, "heun3": 3, "dopri5": 5, "implicit_euler": 1, "ssp(3,2)": 2, "ssp(7,2)": 2,
 }  # fmt: skip
 RADII = {
-    "euler": 1, "heun": 1, "ssp33": 1, "rk4": 1, "ssp(3,2)": 2, "ssp43": 2, "ssp104": 6, "kutta3": 0.5, "implicit_euler": math.inf,
+    "euler": 1, "heun": 1, "ssp33": 1, "rk4": 1, "ssp(3,2)": 2, "ssp43": 2, "ssp104": 6, "kutta3": 0.5,
+    "implicit_euler": math.inf,
 }  # fmt: skip
 METHOD_LIST = [*METHODS.values(), *map(ssp2, (3, 5))]
 EXPLICIT = [m for m in METHOD_LIST if m.explicit]
@@ -53,7 +54,7 @@ def test_order_by_regression(method: ButcherTableau) -> None:
 
 @pytest.mark.parametrize("method", EXPLICIT, ids=by_name)
 def test_low_storage_form_is_the_method(method: ButcherTableau) -> None:
-    """The recurrence agrees with the textbook formula, for a float step and for a tensor one, and differentiates in h."""
+    """The recurrence agrees with the textbook formula, for float and tensor steps, and differentiates in h."""
 
     def field(x: Tensor) -> Tensor:
         return torch.sin(3 * x) - x
@@ -61,7 +62,9 @@ def test_low_storage_form_is_the_method(method: ButcherTableau) -> None:
     x = torch.linspace(-1, 1, 7, dtype=torch.float64)
     slopes: list[Tensor] = []
     for row in method.a:
-        slopes.append(field(x + 0.3 * sum((float(w) * k for w, k in zip(row, slopes, strict=False)), torch.zeros_like(x))))
+        slopes.append(
+            field(x + 0.3 * sum((float(w) * k for w, k in zip(row, slopes, strict=False)), torch.zeros_like(x)))
+        )
     expected = x + 0.3 * sum(float(w) * k for w, k in zip(method.b, slopes, strict=True))
     h = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(step(field, x, 0.3, method), expected, rtol=0, atol=1e-14)
@@ -74,7 +77,9 @@ def test_known_radii_are_exact(name: str, radius: float) -> None:
     assert tableau(name).radius == radius
 
 
-@pytest.mark.parametrize(("name", "radius"), {"ralston2": 0.7913, "ralston3": 0.8990, "rk38": 2 * math.sqrt(3) - 3}.items())
+@pytest.mark.parametrize(
+    ("name", "radius"), {"ralston2": 0.7913, "ralston3": 0.8990, "rk38": 2 * math.sqrt(3) - 3}.items()
+)
 def test_other_radii(name: str, radius: float) -> None:
     assert tableau(name).radius == pytest.approx(radius, abs=5e-5)
 
@@ -91,7 +96,8 @@ def test_radius_of_any_method_is_a_proven_lower_bound(s: int, seed: int) -> None
     assert method.deficiency is not None
     eigenvalue = np.linalg.eigvalsh(m / np.sqrt(np.outer(b, b)))[0]
     assert float(method.deficiency) == pytest.approx(-eigenvalue, rel=1e-8)
-    assert method.radius > 0 and (method.deficiency <= 0 or Fraction(method.radius) * method.deficiency <= 1)
+    assert method.radius > 0
+    assert method.deficiency <= 0 or Fraction(method.radius) * method.deficiency <= 1
     x = random.normal(size=s)
     assert x @ m @ x + float(method.deficiency) * (b * x) @ x >= -1e-12
 
@@ -103,7 +109,9 @@ def convex_field(seed: int, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor,
 
 
 @pytest.mark.parametrize("method", USABLE, ids=by_name)
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31), st.floats(0.05, 1), st.sampled_from(["relu", "tanh"]))
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31), st.floats(0.05, 1), st.sampled_from(["relu", "tanh"])
+)
 @settings(max_examples=15, deadline=None)
 def test_a_step_is_averaged(method: ButcherTableau, n: int, m: int, seed: int, alpha: float, name: str) -> None:
     """‖Tx - Ty‖² ≤ ‖x - y‖² - ((1-α)/α)‖(I-T)x - (I-T)y‖² at the largest step for α; for α = 1, non-expansive."""
@@ -126,8 +134,9 @@ def test_a_step_is_averaged(method: ButcherTableau, n: int, m: int, seed: int, a
 
 @pytest.mark.parametrize("name", ["euler", "heun", "ssp33", "ssp(3,2)", "ssp43", "ralston2"])
 def test_the_step_is_sharp(name: str) -> None:
-    """5 % above h = 2νr some 1-cocoercive dissipative field makes the step expand. A step meets the field at its stages, and
-    there it may act as any multiplications by z_i with |z_i + 1/2| ≤ 1/2, which is cocoercivity (ν = 1) in the plane."""
+    """5 % above h = 2νr some 1-cocoercive dissipative field makes the step expand. A step meets the field at its
+    stages, and there it may act as any multiplications by z_i with |z_i + 1/2| ≤ 1/2, which is cocoercivity (ν = 1)
+    in the plane."""
     method = tableau(name)
     h = 1.05 * method.max_step(1.0)
     circle = -0.5 + 0.5 * np.exp(2j * np.pi * np.arange(24) / 24)
@@ -154,8 +163,11 @@ def test_edges() -> None:
     assert euler.averagedness(math.inf, 1.0) == 0.0
     assert euler.averagedness(1.0, 1.0) == 0.5
     assert euler.averagedness(1.0, 2.1) > 1
-    assert math.isinf(ButcherTableau("k", [[0, 0, 0], [0.5, 0, 0], [-1, 2, 0]], [1 / 6, 2 / 3, 1 / 6]).averagedness(1.0, 1e9))
-    assert math.isinf(implicit.max_step(1.0)) and math.isinf(implicit.max_step(1.0, 0.5))
+    assert math.isinf(
+        ButcherTableau("k", [[0, 0, 0], [0.5, 0, 0], [-1, 2, 0]], [1 / 6, 2 / 3, 1 / 6]).averagedness(1.0, 1e9)
+    )
+    assert math.isinf(implicit.max_step(1.0))
+    assert math.isinf(implicit.max_step(1.0, 0.5))
     assert implicit.averagedness(1.0, 2.0) == pytest.approx(1 / 3)
     for bad in [(0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, 0.0), (1.0, 1.5), (1.0, math.nan)]:
         with pytest.raises(ValueError, match="must"):
@@ -189,7 +201,8 @@ def test_bad_tableaus(a: list, b: list) -> None:
 
 def test_names() -> None:
     assert tableau("ssp(5,2)") is tableau("SSP52") is ssp2(5)
-    assert tableau("ssp22").radius == 1 and tableau("ssp(12,2)").stages == 12
+    assert tableau("ssp22").radius == 1
+    assert tableau("ssp(12,2)").stages == 12
     assert tableau(ssp2(4)) is ssp2(4)
     with pytest.raises(BadInput, match="Did you mean rk4"):
         tableau("rk5")

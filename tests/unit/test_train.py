@@ -97,7 +97,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 def about(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["state"])
+        return json.loads(file.metadata()["header"])
 
 
 def assert_same(first: Path, second: Path) -> None:

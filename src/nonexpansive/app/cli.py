@@ -62,7 +62,7 @@ def _noise(text: str) -> float:
     return noise_level(text)
 
 
-@app.command()
+@app.command(epilog=CODES)
 def deblur(
     photo: Photo,
     blur_kernel: Annotated[str, typer.Option("--kernel", "-k", metavar="K", help="The blur:\n\n\b\n" + KERNEL_FORMS)],
@@ -155,7 +155,7 @@ def deblur(
     _finish(result, output, figure, json_file, began)
 
 
-@app.command()
+@app.command(epilog=CODES)
 def denoise(
     photo: Photo,
     noise: Annotated[str, typer.Option("--noise", "-s", metavar="S", help="Standard deviation of the noise: 10%, 0.1 or 25/255.")],
@@ -199,7 +199,7 @@ def denoise(
     _finish(result, output, figure, json_file, began)
 
 
-@app.command("certify")
+@app.command("certify", epilog=CODES)
 def certify_model(
     model: Annotated[str, typer.Argument(help="A shipped model or a .safetensors file.")],
     size: Annotated[str, typer.Option(help="Height x width of the input.")] = "512x512",
@@ -224,9 +224,12 @@ def certify_model(
 
 
 
-@app.command()
-def models() -> None:
+@app.command(epilog=CODES)
+def models(json_file: Json = None) -> None:
     """List the shipped models; the default of each task is marked."""
+    if json_file is not None:
+        check_writable(json_file, suffixes=(".json",))
+    listed = []
     for name in checkpoint.models():
         header, tensors = checkpoint.read(checkpoint.path_of(name))
         tasks = [task for task, chosen in checkpoint.DEFAULTS.items() if chosen == name]
@@ -234,9 +237,12 @@ def models() -> None:
         mark = f"  (default of {', '.join(tasks)})" if tasks else ""
         alpha = header.claimed.get("averaged")
         out.print(f"{name}: {header.architecture}, {weights:,} parameters, α ≤ {_ceil(alpha)}{mark}", markup=False)
+        listed.append({"name": name, "parameters": weights, "default_of": tasks, **vars(header)})
+    if json_file is not None:
+        write_json(json_file, listed)
 
 
-@app.command()
+@app.command(epilog=CODES)
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped one, such as denoiser-colour.")],
     data: Annotated[Path, typer.Option(metavar="DIR", help="The data folder that the config's paths are relative to.")],
@@ -245,11 +251,14 @@ def train(
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     devices: Annotated[int | None, typer.Option(min=1, help="Processes to start, one a device. [default: 1, or torchrun's]")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each process.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Train a model; killed at any moment, the same command resumes to the same result. Runs under torchrun as it is."""
     from nonexpansive.train import Run, build_task, fit
     from nonexpansive.experiments import shipped
 
+    if json_file is not None:
+        check_writable(json_file, suffixes=(".json",))
     if threads:
         torch.set_num_threads(threads)
     run = Run.from_toml(shipped(config), settings or ())
@@ -262,6 +271,9 @@ def train(
 
     best = fit(run, network, task, output, accelerator=accelerator, devices=devices, export=export)
     out.print(f"best weights: {best}")
+    if json_file is not None:
+        header, _ = checkpoint.read(best)
+        write_json(json_file, {"command": "train", "best": best, **vars(header)})
 
 
 # ------------------------------------------------------------------------------------------------------------------- helpers

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nonexpansive.app.output import atomic
+from nonexpansive.atomic import atomic
 
 
 def restoration(

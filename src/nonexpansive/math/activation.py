@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,7 +93,9 @@ def _softplus(module: nn.Softplus) -> Slopes:
             f"{module}: jumps by {jump:.2g} where it switches to the identity, so it has no Lipschitz constant:"
             " leave the threshold at its default of 20 (at least 15, at most 88)"
         )
-    return _library(0.0, 1.0, up(math.log(2) / beta), jump, f", softplus without its switch to the identity ({jump:.2g} off)")
+    return _library(
+        0.0, 1.0, up(math.log(2) / beta), jump, f", softplus without its switch to the identity ({jump:.2g} off)"
+    )
 
 
 def _hardtanh(module: nn.Hardtanh) -> Slopes:
@@ -112,7 +115,7 @@ def _hardshrink(module: nn.Hardshrink) -> Slopes:
 
 
 def _gelu(module: nn.GELU) -> Slopes:
-    # Φ(t) + tφ(t) is extremal at t = ±√2, 1/2 ± 0.62891; for the tanh form, 1/2 ± 0.62900 by grid and second derivative.
+    # Φ(t) + tφ(t) is extremal at t = ±√2, 1/2 ± 0.62891; for the tanh form, by grid, 1/2 ± 0.62900.
     bound = 0.6290 if module.approximate == "none" else 0.6291
     return _library(0.5 - bound, 0.5 + bound)
 
@@ -173,8 +176,8 @@ _NAMES: dict[str, type[nn.Module]] = {
 
 
 def register_activation(cls: type[nn.Module], rule: Callable[..., Slopes]) -> None:
-    """Teaches ``slopes`` an elementwise activation class (this exact class, not its subclasses): ``rule(module)`` returns
-    the ``Slopes`` that hold for every input."""
+    """Teaches ``slopes`` an elementwise activation class (this exact class, not its subclasses): ``rule(module)``
+    returns the ``Slopes`` that hold for every input."""
     _RULES[cls] = rule
 
 
@@ -187,9 +190,11 @@ def slopes(module: nn.Module) -> Slopes:
     cls = type_before_parametrizations(module)
     if cls in _RULES:
         return _RULES[cls](module)
-    if callable(method := getattr(module, "slope_range", None)):
-        bounds = method()
-        return bounds if isinstance(bounds, Slopes) else Slopes(*map(float, bounds))
+    # A class that overrides forward and not slope_range computes something else than those bounds speak of.
+    speaker = next((c for c in cls.__mro__ if "slope_range" in vars(c) or "forward" in vars(c)), nn.Module)
+    if "slope_range" in vars(speaker):
+        bounds: Any = module.slope_range()  # type: ignore[operator]
+        return bounds if isinstance(bounds, Slopes) else Slopes(float(bounds[0]), float(bounds[1]))
     raise Refused(
         f"{cls.__name__} is no known elementwise activation: give the module a method slope_range() -> (low, high) that"
         " bounds its slopes, or register its class with register_activation"
@@ -208,7 +213,7 @@ def monotone(module: nn.Module) -> Slopes:
 
 
 def activation(name: str | nn.Module) -> nn.Module:
-    """An activation by its name ("relu", "leaky_relu", "tanh", ...), with PyTorch's defaults; a module is returned as it is.
+    """An activation by name ("relu", "leaky_relu", ...) with PyTorch's defaults; a module is returned as it is.
 
     Raises BadInput, listing the names and the closest ones, where there is none of that name.
     """

@@ -1,36 +1,37 @@
 """Sound upper bounds on the ℓ2 operator norm of a layer's linear part A, rounding included.
 
-A convolution of any dimension is, per axis, y[t] = Σ_u K_u x̃[s t + d u - lo] with x̃ the padded input. One algorithm serves
-every layer; a transposed convolution is bounded through the convolution of which it is the adjoint, a ``Linear`` is a
-convolution without axes.
+A convolution of any dimension is, per axis, y[t] = Σ_u K_u x̃[s t + d u - lo] with x̃ the padded input. One algorithm
+serves every layer: a transposed convolution is bounded through the convolution of which it is the adjoint, and a
+``Linear`` is a convolution of one tap on one point.
 
 **Stride and dilation fold away** (polyphase). With g = gcd(s, d), split the taps as u = (s/g) v + ψ and the input as
-z_ψ[q] = x̃[s q + d ψ]: a stride-1 convolution with dilation d/g, ⌈k g/s⌉ taps and s/g times the channels. A dilated
-operator on N points is d/g independent undilated ones on N g/d points, so the frequencies are those of the folded kernel.
+z_ψ[q] = x̃[s q + d ψ]: a stride-1 convolution with dilation d/g, ⌈k g/s⌉ taps and s/g times the channels. A dilated one
+on N points is d/g separate undilated ones on N g/d points, so the frequencies are those of the folded kernel.
 
-**Symbol.** K̂(ω) = Σ_v K_v e^{-iω·v}. Every operator here is R C E: E places the input on a cyclic grid of N points per axis,
-C is the cyclic convolution, R picks outputs, so ‖A‖ ≤ ‖R‖ ‖E‖ max σ₁(K̂(ω)), ω over the N-grid. Zero padding only needs N so
-large that nothing wraps into the picture (then ‖R‖ = ‖E‖ = 1); the wrapped entries being outside, they may also carry a
-sign, which shifts the grid by half a cell (θ = 1/2). Circular padding has N = n, reflection the period 2n - 2, and any
-padding may be taken as an operator of its own, E, whose squared norm is the largest multiplicity of a pixel.
+**Symbol.** K̂(ω) = Σ_v K_v e^{-iω·v}. Every operator here is R C E: E places the input on a cyclic grid of N points per
+axis, C is the cyclic convolution, R picks outputs, so ‖A‖ ≤ ‖R‖ ‖E‖ max σ₁(K̂(ω)) over the N-grid of frequencies. Zero
+padding only needs N so large that nothing wraps into the picture (then ‖R‖ = ‖E‖ = 1); as the entries that wrap are
+outside it, they may also change sign, which shifts the grid by half a cell (θ = 1/2). Circular padding has N = n,
+reflection the period 2n - 2; any padding may be taken as an operator of its own, whose squared norm is the largest
+multiplicity of a pixel.
 
-**Covering the frequency torus.** Let M bound σ₁ everywhere and r_i = (k_i - 1)/2. For unit u, v the function Re uᴴK̂(ω)v,
-centred, is of exponential type Σ r_i|δ_i| along a direction δ and at most M, so by the Bernstein-Szegő inequality
-f'² + τ²f² ≤ τ²M² (Duffin & Schaeffer 1938)
+**Covering the frequency torus.** Let M bound σ₁ everywhere and r_i = (k_i - 1)/2. For unit u, v the function
+Re uᴴK̂(ω)v, its taps centred, is along a direction δ of exponential type τ = Σ r_i|δ_i| and at most M in modulus, so
+that f'² + τ²f² ≤ τ²M² (Bernstein-Szegő; Duffin & Schaeffer 1938). Hence
 
     arccos(σ₁(K̂(ω))/M) is 1-Lipschitz in Σ r_i |ω_i - ω'_i|.
 
 A box of half-widths h, ρ = Σ r_i h_i, whose centre has σ₁ ≤ c cos ρ cannot hold a maximum above c; boxes that fail are
-split (`_cover`). That σ₁² ≤ t² at a centre is *proved* by a completed Cholesky factorisation of t²I - K̂ᴴK̂, not read
-off an eigenvalue routine.
+split (`_cover`). That σ₁² ≤ t² at a centre is *proved*, by a completed Cholesky factorisation of t²I - K̂ᴴK̂, not read
+off an eigenvalue routine; what eigenvalue routines and power methods say here only chooses what to try.
 
-**The operator itself.** Where affordable, cI - AᵀA (or AAᵀ) is factorised as a whole: ordered along one axis it is block
-tridiagonal (`_Gram`). This is right for every padding mode and as tight as wished.
+**The operator itself.** Where affordable, cI - AᵀA (or cI - AAᵀ) is factorised whole: ordered along one axis it is
+block tridiagonal (`_Gram`). That is right for every padding mode and as tight as wished.
 
 **Rounding.** A Cholesky factorisation that runs to completion in floating point proves A + ΔA ⪰ 0 with
-‖ΔA‖₂ ≤ γ_{n+1}/(1 - γ_{n+1}) tr A (Higham 2002, thm 10.3; Demmel 1989; Rump 2006). To this are added the rounding of the
-Gram matrix, at most γ ‖|A|‖², and of the symbol; the constants are generous, the result is then relative 1e-13 to 1e-7.
-Weights are scaled by a power of two first, so that no size of weight overflows or vanishes.
+‖ΔA‖₂ ≤ γ_{n+1}/(1 - γ_{n+1}) tr A (Higham 2002, thm 10.3; Demmel 1989; Rump 2006). To this are added the rounding of
+the Gram matrix, at most γ ‖|A|‖², and of the symbol. The constants are generous; the excess is 1e-13 to 1e-7 relative.
+Weights are first scaled by a power of two, so that nothing overflows or vanishes.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -52,7 +54,11 @@ from nonexpansive.math.rounding import UNIT, gamma, up
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NUMPY_MODE = {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}
+_NUMPY_MODE: dict[str, Literal["wrap", "reflect", "edge"]] = {
+    "circular": "wrap",
+    "reflect": "reflect",
+    "replicate": "edge",
+}
 _U = UNIT[torch.float64]
 
 _TOLERANCE = 2e-3  # of the supremum over all frequencies, for any size at once
@@ -64,19 +70,23 @@ _GRAM_FLOPS = 1e11  # about 2 s on two cores
 _GRAM_FLOPS_AT_ONCE = 2e8  # so cheap that the symbol is not even looked at
 _ENTRIES = 2e7  # of the largest arrays, 160 MB
 _CHUNK = 300_000  # entries of the symbol formed at once: what stays in a processor's cache
+_SLAB = 128  # slabs are not made thinner than this order
+_ORDER = 2**17  # of a Gram matrix: Lanczos keeps 40 vectors
 _SMALL = 256  # the order of a Gram matrix whose eigenvalues are computed
 
 
 def norm_bound(layer: nn.Module, shape: Sequence[int] | None = None) -> float:
     """An upper bound on ‖A‖₂, A the linear part of ``layer`` on one input of ``shape`` (without batch axis).
 
-    ``shape`` None: for every input size at once. Never below the true norm, rounding included. For stride 1 with zero or
-    circular padding the excess over sup σ₁(K̂) is at most 0.5 % at any size, and over ‖A‖ at most 0.1 % at a shape with
-    n ≥ 8 wherever the operator can be factorised within about 1e11 operations (3x3: 64 channels to n = 12, 16 to 32, 1
-    to 256); beyond that up to about 1 % at n = 16, falling as 1/n² (see ``benchmarks/norm_bounds.py``).
+    ``shape`` None: for every input size at once. Never below the true norm, rounding included.
 
-    Layers: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, possibly parametrized (in eval mode, if the parametrization
-    has one), and any module with a method ``norm_bound(shape)``, whose value is trusted.
+    Tightness, stride 1, zero or circular padding: at any size at most 1.005 sup σ₁(K̂); at a shape at most 1.001 ‖A‖
+    for circular padding that keeps the size, and for zero padding wherever factorising the operator takes up to about
+    1e11 operations (3x3: 64 channels up to 12x12, 16 up to 32x32, 3 up to 128x128) and again where n is so large, about
+    100 for 3x3, that boundaries no longer matter; in between the excess is a few tenths of a percent, falling as 1/n².
+
+    Layers: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, possibly parametrized (a parametrization that changes with
+    every use in training needs eval mode), and any module with a method ``norm_bound(shape)``, whose value is trusted.
     Raises Refused for any other type and for weights that are not finite, BadInput for a shape that does not fit.
     """
     if not _is_ours(layer):
@@ -91,8 +101,9 @@ def norm_bound(layer: nn.Module, shape: Sequence[int] | None = None) -> float:
 def absolute_norm_bound(layer: nn.Module) -> float:
     """An upper bound on ‖|A|‖₂ for any input size, |A| the entrywise absolute values; |A|ᵀ has the same norm.
 
-    Schur's test, √(largest row sum · largest column sum) of the folded kernel, times the norm of the padding. It scales the
-    rounding error of A in floating point. A user's module offers a method ``absolute_norm_bound()``. Raises Refused.
+    Schur's test, √(largest row sum · largest column sum) of the folded kernel, times the norm of the padding. It scales
+    the rounding error of A in floating point. A user's module offers a method ``absolute_norm_bound()``.
+    Raises Refused as `norm_bound` does.
     """
     if not _is_ours(layer):
         return _users(layer, "absolute_norm_bound")
@@ -103,15 +114,12 @@ def absolute_norm_bound(layer: nn.Module) -> float:
 
 
 def terms(layer: nn.Module) -> tuple[int, int]:
-    """The largest number of non-zero summands in an entry of Ax and of Aᵀy, for any input size (for γ_n). Raises Refused.
+    """The largest number of non-zero summands in an entry of Ax and of Aᵀy, for any input size: the n of γ_n.
 
-    A user's module offers a method ``terms()``.
+    A user's module offers a method ``terms()``. Raises Refused as `norm_bound` does.
     """
     if not _is_ours(layer):
-        method = getattr(layer, "terms", None)
-        if not callable(method):
-            raise _unknown(layer, "terms")
-        forward, adjoint = method()  # type: ignore[misc]
+        forward, adjoint = _method(layer, "terms")()
         return int(forward), int(adjoint)
     convolution = _read(layer)
     _, rows, columns, *taps = convolution.weight.shape
@@ -123,7 +131,8 @@ def terms(layer: nn.Module) -> tuple[int, int]:
 def norm_estimate(layer: nn.Module, shape: Sequence[int], *, iterations: int = 100, seed: int = 0) -> float:
     """An *estimate* of ‖A‖₂ from below by the power method on AᵀA: it may steer training, never enter a certificate.
 
-    Runs the layer itself, in its own precision and on its own device; A x = layer(x) - layer(0), Aᵀy by reverse differentiation.
+    Runs the layer itself, in its own precision and on its own device; A x = layer(x) - layer(0), Aᵀy by reverse
+    differentiation.
     """
     like = next(itertools.chain(layer.parameters(), layer.buffers()), torch.empty(0, dtype=torch.float64))
     x = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(like)
@@ -189,7 +198,7 @@ class _Axis:
         """The pixel behind each padded position, -1 where there is none."""
         if self.mode == "zeros":
             return np.pad(np.arange(n), (self.lo, self.hi), constant_values=-1)
-        return np.pad(np.arange(n), (self.lo, self.hi), mode=_NUMPY_MODE[self.mode])  # type: ignore[call-overload]
+        return np.pad(np.arange(n), (self.lo, self.hi), mode=_NUMPY_MODE[self.mode])
 
     def copies(self, n: int) -> int:
         """The squared norm of the padding: its AᵀA is diagonal, each pixel's multiplicity."""
@@ -212,7 +221,7 @@ class _Axis:
         return max(self.embedding(n, self.outputs(n))[2] for n in self._distinct_sizes)
 
     def embedding(self, n: int, m: int) -> tuple[int, bool, int]:
-        """(N, free, ‖R‖²‖E‖²) for n inputs and m outputs: the number of frequencies, and whether more or shifted ones do too."""
+        """(N, free, ‖R‖²‖E‖²) for n inputs and m outputs: N frequencies, free if more or shifted ones do as well."""
         step = self.dilation // self.gcd
         if self.mode == "zeros":
             return -(-self._least_grid(n, m, self.lo) // step), True, 1
@@ -230,8 +239,8 @@ class _Axis:
     def _least_grid(self, n: int, m: int, lo: int) -> int:
         """The least N so that on the cyclic grid of N no tap that misses the n pixels comes round to hit one.
 
-        Folded, row t reads z_ψ at t + (d/g) v; z_ψ[q] holds a pixel for q in [a, b]. An index below a comes back at q + N,
-        to be above b; one above b, at most ``top``, comes back at q - N, to be below a; rows must stay distinct.
+        Folded, row t reads z_ψ at t + (d/g) v; z_ψ[q] holds a pixel for q in [a, b]. An index q below a comes back at
+        q + N, to be above b; one above b, at most ``top``, at q - N, to be below a; and rows must stay distinct.
         """
         top = m - 1 + self.dilation // self.gcd * (self.folded_taps - 1)
         least = m
@@ -257,7 +266,9 @@ class _Convolution:
     linear: bool = False
 
     @classmethod
-    def of(cls, weight: Tensor, axes: tuple[_Axis, ...], *, transposed: bool = False, linear: bool = False) -> _Convolution:
+    def of(
+        cls, weight: Tensor, axes: tuple[_Axis, ...], *, transposed: bool = False, linear: bool = False
+    ) -> _Convolution:
         """Scaled so that the largest entry lies in [1/2, 1): exact, a power of two."""
         exponent = math.frexp(float(weight.abs().max()))[1] if weight.numel() else 0
         half = -exponent // 2  # in two steps, for 2^1074 is no float64
@@ -308,7 +319,7 @@ class _Convolution:
             weight = weight.narrow(i, int(used[0]), int(used[-1] - used[0]) + 1)
         return weight
 
-    def apply(self, x: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+    def apply(self, x: Tensor, sizes: _Sizes) -> Tensor:
         """A x for x (1, groups·in, *n)."""
         mode = next((axis.mode for axis in self.axes if axis.mode != "zeros"), "constant")
         x = pad(x, [p for axis in reversed(self.axes) for p in (axis.lo, axis.hi)], mode=mode)
@@ -322,18 +333,18 @@ def _is_ours(layer: nn.Module) -> bool:
     return parametrize.type_before_parametrizations(layer) in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 
 
-def _unknown(layer: nn.Module, method: str) -> Refused:
-    return Refused(
-        f"no bound is known for {type(layer).__module__}.{type(layer).__qualname__}: use torch's Linear, Conv or "
-        f"ConvTranspose layers themselves, or give the module a method `{method}` of its own"
-    )
+def _method(layer: nn.Module, name: str) -> Callable[..., Any]:
+    method = getattr(layer, name, None)
+    if not callable(method):
+        raise Refused(
+            f"no bound is known for {type(layer).__module__}.{type(layer).__qualname__}: use torch's Linear, Conv or "
+            f"ConvTranspose layers themselves, or give the module a method `{name}` of its own"
+        )
+    return method
 
 
 def _users(layer: nn.Module, name: str, *arguments: object) -> float:
-    method = getattr(layer, name, None)
-    if not callable(method):
-        raise _unknown(layer, name)
-    bound = float(method(*arguments))  # type: ignore[arg-type]
+    bound = float(_method(layer, name)(*arguments))
     if not (math.isfinite(bound) and bound >= 0):
         raise Refused(f"{type(layer).__qualname__}.{name} gave {bound}: a bound is finite and not negative")
     return bound
@@ -346,8 +357,8 @@ def _read(layer: nn.Module) -> _Convolution:
             f"this {kind.__name__} has forward hooks or a replaced forward, which may change what it computes: remove "
             "them (torch.nn.utils.parametrizations replace the old weight_norm and spectral_norm)"
         )
-    weight = layer.weight.detach()  # type: ignore[operator, union-attr]
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    weight = cast(Tensor, layer.weight).detach()
+    if not weight.is_floating_point():
         raise Refused(f"the weight of this {kind.__name__} is not real floating point: use a real layer")
     weight = weight.to("cpu", torch.float64)
     if not weight.isfinite().all():
@@ -366,31 +377,45 @@ def _read(layer: nn.Module) -> _Convolution:
     return _Convolution.of(weight.unflatten(0, (layer.groups, -1)), axes, transposed=transposed)
 
 
-def _pads(layer: nn.Module) -> list[tuple[int, int]]:
+def _pads(layer: Any) -> list[tuple[int, int]]:
     if layer.padding == "valid":
-        return [(0, 0) for _ in layer.kernel_size]  # type: ignore[union-attr]
+        return [(0, 0) for _ in layer.kernel_size]
     if layer.padding == "same":
-        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]  # type: ignore[arg-type]
+        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         return [(span // 2, span - span // 2) for span in spans]
-    return [(p, p) for p in layer.padding]  # type: ignore[union-attr]
+    return [(p, p) for p in layer.padding]
 
 
 # --- the bounds -----------------------------------------------------------------------------------------------------
 
 
-def _bound(convolution: _Convolution, sizes: tuple[tuple[int, int], ...] | None) -> float:
+_Sizes = tuple[tuple[int, int], ...]
+_Grid = tuple[tuple[int, float], ...]
+
+
+def _bound(convolution: _Convolution, sizes: _Sizes | None) -> float:
     """The least of the bounds that are affordable, for the scaled weight."""
     absolute = _absolute(convolution, sizes)
-    gram = None if sizes is None else _Gram(convolution, sizes, absolute)
-    if gram is not None and (convolution.linear or gram.flops <= _GRAM_FLOPS_AT_ONCE):
+    if sizes is None:
+        return min(absolute, _symbol_bound(convolution, None))
+    gram = _Gram(convolution, sizes, absolute)
+    if convolution.linear or gram.flops <= _GRAM_FLOPS_AT_ONCE:
         return min(absolute, gram.bound())
     best = min(absolute, _symbol_bound(convolution, sizes))
-    if gram is not None and gram.flops <= _GRAM_FLOPS and best > gram.estimate * (1 + 5e-4):
+    matters = convolution.factor(sizes) > 1.001 or not _is_large(convolution, sizes)
+    if matters and gram.flops <= _GRAM_FLOPS and best > gram.estimate * (1 + 5e-4):
         best = min(best, gram.bound())
     return best
 
 
-def _absolute(convolution: _Convolution, sizes: tuple[tuple[int, int], ...] | None) -> float:
+def _is_large(convolution: _Convolution, sizes: _Sizes) -> bool:
+    """Whether the frequencies of these sizes are so dense that the supremum over all is as good."""
+    grids = (axis.embedding(n, m)[0] for axis, (n, m) in zip(convolution.axes, sizes, strict=True))
+    angle = sum(math.pi * (k - 1) / 2 / n for k, n in zip(convolution.folded.shape[3:], grids, strict=True))
+    return angle < 1 and 1 / math.cos(angle) - 1 < _TOLERANCE_AT_SHAPE
+
+
+def _absolute(convolution: _Convolution, sizes: _Sizes | None) -> float:
     return up(_schur(convolution.folded) * convolution.factor(sizes))
 
 
@@ -401,23 +426,18 @@ def _schur(weight: Tensor) -> float:
     return up(math.sqrt(float(product)) * (1 + gamma(weight.numel() + 4, _U)))
 
 
-def _symbol_bound(convolution: _Convolution, sizes: tuple[tuple[int, int], ...] | None) -> float:
-    """‖R‖‖E‖ max σ₁(K̂): over the torus, or over the best of several grids where the sizes are so small that it matters."""
+def _symbol_bound(convolution: _Convolution, sizes: _Sizes | None) -> float:
+    """‖R‖‖E‖ max σ₁(K̂) over the torus, or over the best of several grids where the sizes are small."""
     factor, symbol = convolution.factor(sizes), _Symbol(convolution.folded)
     if not any(symbol.radii):
         one_tap = _Convolution(convolution.folded.flatten(3), 0, (_POINT,), linear=True)
         return up(factor * _Gram(one_tap, ((1, 1),), _schur(one_tap.weight)).bound())
     best = top = _cover(symbol, _TOLERANCE if sizes is None else _TOLERANCE_AT_SHAPE)
-    if sizes is not None:
-        grids = [axis.embedding(n, m)[:2] for axis, (n, m) in zip(convolution.axes, sizes, strict=True)]
-        angle = sum(math.pi * r / n for r, (n, _) in zip(symbol.radii, grids, strict=True))
-        if angle > 1 or 1 / math.cos(angle) - 1 > _TOLERANCE_AT_SHAPE:
-            for grid in _grids(grids, top[1]):
-                best = min(best, _cover(symbol, _TOLERANCE_AT_SHAPE, grid, top, best[0]))
+    if sizes is not None and not _is_large(convolution, sizes):
+        least = [axis.embedding(n, m)[:2] for axis, (n, m) in zip(convolution.axes, sizes, strict=True)]
+        for grid in _grids(least, top[1]):
+            best = min(best, _cover(symbol, _TOLERANCE_AT_SHAPE, grid, top, best[0]))
     return up(factor * best[0])
-
-
-_Grid = tuple[tuple[int, float], ...]
 
 
 def _grids(least: list[tuple[int, bool]], peak: list[float]) -> list[_Grid]:
@@ -458,7 +478,10 @@ class _Symbol:
         self.at_once = max(1, int(_CHUNK / math.prod(self.shape)))
 
     def inflate(self, c: float) -> float:
-        """From σ₁(fl K̂)² ≤ t² ≤ c², as a completed Cholesky factorisation shows it, to a bound on the true σ₁ where t ≥ c/2."""
+        """c enlarged by all that rounding can hide, where every factorisation completed had c/2 ≤ t ≤ c.
+
+        The true σ₁ at a centre is at most √(t² + Δ) + ε, and t ↦ M cos(arccos(t/M) - ρ) does not stretch.
+        """
         _, rows, columns = self.shape
         gram = 4 * gamma(2 * rows + 4, _U) * self.size**2
         cholesky = (4 * gamma(4 * columns + 8, _U) * columns + 4 * _U) * c**2
@@ -482,8 +505,8 @@ def _cover(
 ) -> tuple[float, list[float]]:
     """(c, ω): σ₁(K̂) ≤ c, within about ``tolerance`` of the largest, near ω; on the torus, or on the grid 2π(j + θ)/N.
 
-    A grid needs the torus's own answer as ``ceiling``; the ceiling is given back where the grid is too dear, or no better
-    than ``below``. Boxes are counted in units of 2π/N; on the torus they are filled, on a grid they end at their outer
+    A grid needs the torus's own answer as ``ceiling``; it is given back where the grid is too dear or no better than
+    ``below``. Boxes are counted in units of 2π/N; on the torus they are filled, on a grid they end at their outer
     points. As K̂(-ω) is the conjugate of K̂(ω), half of the first axis is enough.
     """
     filled = grid is None
@@ -492,7 +515,8 @@ def _cover(
     offset = torch.tensor([theta for _, theta in grid], dtype=torch.float64)
     radii = torch.tensor(symbol.radii, dtype=torch.float64)
     start, length = torch.zeros(1, len(grid), dtype=torch.int64), torch.tensor([[n for n, _ in grid]])
-    length[0, 0] = length[0, 0] // 2 if filled else length[0, 0] // 2 + 1 if grid[0][1] == 0 else (length[0, 0] + 1) // 2
+    first, theta = grid[0]
+    length[0, 0] = first // 2 if filled else first // 2 + 1 if theta == 0 else (first + 1) // 2
 
     def centres() -> tuple[Tensor, Tensor]:
         reach = (length - (0 if filled else 1)) / 2
@@ -534,7 +558,7 @@ def _cover(
 
 
 def _allowed(c: float, rho: Tensor, ceiling: float) -> Tensor:
-    """The largest σ₁ at a centre that keeps a box of angle ρ below c: M cos(arccos(c/M) + ρ), M the ceiling or c itself."""
+    """The largest σ₁ at a centre that keeps a box of angle ρ below c: M cos(arccos(c/M) + ρ), M the ceiling, or c."""
     away = math.sqrt((ceiling - c) * (ceiling + c)) if c < ceiling < math.inf else 0.0
     return c * rho.cos() - away * rho.sin()
 
@@ -555,7 +579,7 @@ def _split(start: Tensor, length: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
 
 
 def _power(gram: Tensor, vector: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """About the largest eigenvalues (points,) of (points, groups, n, n), the largest over the groups, and the vectors."""
+    """About the largest eigenvalue over the groups (points,) of (points, groups, n, n), and the vectors."""
     for _ in range(steps):
         vector = gram @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(1e-300))
     return torch.linalg.vector_norm(vector, dim=(-2, -1)).amax(1), vector
@@ -596,7 +620,7 @@ def _climb(symbol: _Symbol, frequency: Tensor, step: Tensor) -> tuple[float, Ten
 
 
 def _positive_definite(c: Tensor, gram: Tensor) -> Tensor:
-    """Whether the Cholesky factorisation of cI - G runs to completion, for each of (points, groups, n, n): all groups."""
+    """Whether the Cholesky factorisation of cI - G runs to completion, for c (points,), G (points, groups, n, n)."""
     shifted = -gram
     shifted.diagonal(dim1=-2, dim2=-1).add_(c[:, None, None])
     factor, info = torch.linalg.cholesky_ex(shifted)
@@ -610,7 +634,7 @@ class _Gram:
     G = Σ_{u,u'} K_uᵀK_u' ⊗ S_u₁ᵀS_u'₁ ⊗ …, formed without A; the S are exact whole numbers.
     """
 
-    def __init__(self, convolution: _Convolution, sizes: tuple[tuple[int, int], ...], absolute: float) -> None:
+    def __init__(self, convolution: _Convolution, sizes: _Sizes, absolute: float) -> None:
         self.convolution, self.sizes, self.absolute = convolution, sizes, absolute
         plans = [self._plan(rowwise, i) for rowwise in (False, True) for i in range(len(sizes))]
         self.flops, self.rowwise, self.axis, self.width = min(plans)
@@ -623,12 +647,12 @@ class _Gram:
             width = n
         else:
             band = _Incidence.of(self.convolution.axes[i], *self.sizes[i], rowwise).band
-            width = min(n, max(1, band, 128 * n // order))
+            width = min(n, max(1, band, _SLAB * n // order))
         slabs, block, slice_ = -(-n // width), order // n * width, order // n * taps[i]
         flops = groups * block**3 * (3.4 * slabs if slabs > 1 else 1.0)
         taps_squared = (self.convolution.weight.shape[1 if rowwise else 2] * math.prod(taps)) ** 2
-        fits = groups * max(block**2, slice_**2, taps_squared) <= _ENTRIES or self.convolution.linear
-        return flops if fits else math.inf, rowwise, i, width
+        fits = groups * max(block**2, slice_**2, taps_squared) <= _ENTRIES and groups * order <= _ORDER
+        return flops if fits or self.convolution.linear else math.inf, rowwise, i, width
 
     def _order(self, rowwise: bool) -> int:
         return self.convolution.weight.shape[1 if rowwise else 2] * math.prod(size[rowwise] for size in self.sizes)
@@ -644,7 +668,7 @@ class _Gram:
         return math.inf
 
     def _slack(self, c: float) -> float:
-        """What rounding can have hidden: in forming G, in cI - G, in the factorisation (four times what theory asks)."""
+        """What rounding can hide: in forming G, in cI - G, in the factorisation (four times what theory asks)."""
         weight, order = self.convolution.weight, self._order(self.rowwise)
         inner = weight.shape[2 if self.rowwise else 1] + sum(k * k + 2 for k in weight.shape[3:])
         return up((2 * gamma(inner, _U) + 4 * _U) * self.absolute**2 + (4 * gamma(order + 2, _U) * order + 4 * _U) * c)
@@ -700,7 +724,7 @@ class _Gram:
         product = product.reshape(groups, channels, channels, *(k * k for k in taps))
         for incidence in others:
             every = incidence.dense(0, incidence.pixels)
-            product = torch.tensordot(product, _overlap(every, every).flatten(2).flatten(0, 1), dims=([4], [0]))
+            product = product.movedim(4, -1) @ _overlap(every, every).flatten(2).flatten(0, 1)
 
         made: dict[tuple[object, ...], Tensor] = {}
 
@@ -709,7 +733,7 @@ class _Gram:
             key = (*overlap.shape, overlap.numpy().tobytes())
             if key not in made:
                 sides = [(incidence.pixels, incidence.pixels) for incidence in others] + [overlap.shape[2:]]
-                entries = torch.tensordot(product, overlap.flatten(2).flatten(0, 1), dims=([3], [0]))
+                entries = product.movedim(3, -1) @ overlap.flatten(2).flatten(0, 1)
                 entries = entries.view(groups, channels, channels, *(n for side in sides for n in side))
                 entries = entries.permute(0, 1, *range(3, entries.ndim, 2), 2, *range(4, entries.ndim, 2))
                 made[key] = entries.reshape(groups, channels * math.prod(n for n, _ in sides), -1)
@@ -721,7 +745,7 @@ class _Gram:
 
 @dataclass(frozen=True)
 class _Incidence:
-    """The ones of S_u (others x pixels) on one axis, sorted by pixel: the pixel is the input, or the output if rowwise."""
+    """The ones of S_u (others x pixels) on one axis, sorted by pixel: a pixel is an input, or an output if rowwise."""
 
     tap: np.ndarray
     other: np.ndarray

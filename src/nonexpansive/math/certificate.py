@@ -9,7 +9,7 @@ The algebra (Combettes & Yamada 2015, Prop. 2.5; Bauschke & Combettes, *Convex A
 - Lipschitz constants multiply: L(S∘T) ≤ L(S)·L(T).
 - Averaged maps: with a = α/(1-α), a(S∘T) = a(S) + a(T), and α = a/(1+a). The identity has α = 0.
 - L-Lipschitz with L < 1 is (1+L)/2-averaged.
-- Relaxation (1-t)I + tT has α' = tα.
+- Relaxation (1-t)I + tT has α' = tα; with a T that is merely non-expansive, and t < 1, it is t-averaged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from nonexpansive.errors import Refused
-from nonexpansive.math.enclosure import Affine, Enclosure, times
-from nonexpansive.math.rounding import UNIT, up
+from nonexpansive.math.enclosure import Affine, Enclosure
+from nonexpansive.math.rounding import UNIT, above, plus, times, up
 
 Shape = tuple[int, ...]
 Rule = Callable[[Any, Shape, float], "Certificate"]
@@ -61,6 +61,12 @@ class Certificate:
             raise Refused(f"{self.rule}: the Lipschitz bound {self.lipschitz} is not a finite number ≥ 0")
         if self.averaged is not None and not 0 <= self.averaged < 1:
             raise Refused(f"{self.rule}: α = {self.averaged} is not in [0, 1)")
+        if self.averaged is not None and self.domain != self.codomain:
+            raise Refused(f"{self.rule}: a map {self.domain} → {self.codomain} cannot be averaged")
+        bounds = (self.growth.slope, self.growth.constant, self.error.slope, self.error.constant)
+        if not all(math.isfinite(bound) and bound >= 0 for bound in bounds):
+            raise Refused(f"{self.rule}: the bounds on size and error, {self.growth} and {self.error}, are not finite: "
+                          "the weights are not numbers, or so large that float64 does not hold their products")
 
     @property
     def nonexpansive(self) -> bool:
@@ -71,13 +77,11 @@ class Certificate:
         """The certificate of x ↦ after(self(x))."""
         if after.domain != self.codomain:
             raise Refused(f"{self.rule} gives shape {self.codomain}, but {after.rule} was certified for {after.domain}")
-        averaged = None
-        if self.averaged is not None and after.averaged is not None:
-            averaged = compose_averaged(self.averaged, after.averaged)
+        both = self.averaged is not None and after.averaged is not None
         lipschitz = times(self.lipschitz, after.lipschitz)
         return Certificate(
-            lipschitz=1.0 if averaged is not None and lipschitz > 1.0 else lipschitz,
-            averaged=averaged,
+            lipschitz=min(1.0, lipschitz) if both else lipschitz,
+            averaged=compose_averaged(self.averaged, after.averaged) if both else None,  # type: ignore[arg-type]
             domain=self.domain,
             codomain=after.codomain,
             rule="composition",
@@ -88,12 +92,13 @@ class Certificate:
         ).sharpened()
 
     def sharpened(self) -> Certificate:
-        """The same, with α ≤ (1+L)/2 used where L < 1 on one shape."""
+        """The same, with what follows from L: ‖T(x)‖ ≤ ‖T(0)‖ + L‖x‖, and α ≤ (1+L)/2 where L < 1 on one shape."""
+        averaged, growth = self.averaged, Affine(min(self.growth.slope, self.lipschitz), self.growth.constant)
         if self.lipschitz < 1.0 and self.domain == self.codomain:
             contraction = up((1 + self.lipschitz) / 2)
-            if contraction < 1 and (self.averaged is None or contraction < self.averaged):
-                return replace(self, averaged=contraction)
-        return self
+            if contraction < 1 and (averaged is None or contraction < averaged):
+                averaged = contraction
+        return replace(self, averaged=averaged, growth=growth)
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Certificate]]:
         """This certificate and its parts, each with its depth in the tree."""
@@ -104,13 +109,12 @@ class Certificate:
     def __str__(self) -> str:
         lines = []
         for depth, part in self.walk():
-            alpha = "" if part.averaged is None else f"  α ≤ {_above(part.averaged)}"
-            shapes = f"{_shape(part.domain)} → {_shape(part.codomain)}" if part.domain != part.codomain else _shape(part.domain)
-            lines.append(f"{'  ' * depth}{part.rule}  [{shapes}]  L ≤ {_above(part.lipschitz)}{alpha}")
+            alpha = "" if part.averaged is None else f"  α ≤ {above(part.averaged)}"
+            shapes = _shape(part.domain) + (f" → {_shape(part.codomain)}" if part.domain != part.codomain else "")
+            lines.append(f"{'  ' * depth}{part.rule}  [{shapes}]  L ≤ {above(part.lipschitz)}{alpha}")
         if self.arithmetic != "exact" or self.error != Affine():
-            lines.append(
-                f"program: {self.arithmetic}, within {self.error.slope:.2g}·‖x‖ + {self.error.constant:.2g} of the exact map"
-            )
+            slope, constant = above(self.error.slope, 2), above(self.error.constant, 2)
+            lines.append(f"program: {self.arithmetic}, within {slope}·‖x‖ + {constant} of the exact map")
         lines += [f"assumes: {text}" for text in self.assumptions]
         return "\n".join(lines)
 
@@ -131,11 +135,6 @@ class Certificate:
         }
 
 
-def _above(x: float) -> str:
-    """x with six decimals, rounded up, so that what is printed is a bound too."""
-    return f"{math.ceil(x * 1e6) / 1e6:.6f}".rstrip("0").rstrip(".") if x < 1e6 else f"{x * (1 + 1e-6):.6g}"
-
-
 def _shape(shape: Shape) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
@@ -147,7 +146,7 @@ def compose_averaged(*alphas: float) -> float | None:
         return moving[0] if moving else 0.0
     total = 0.0
     for alpha in moving:
-        total = up(total + up(alpha / (1 - alpha)))
+        total = plus(total, up(alpha / (1 - alpha)))
     composed = up(total / (1 + total))
     return composed if composed < 1 else None
 
@@ -180,27 +179,32 @@ def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
     return register
 
 
-def certify(module: nn.Module, shape: Shape | torch.Size | list[int], *, arithmetic: torch.dtype | None = None) -> Certificate:
+def certify(
+    module: nn.Module, shape: Shape | torch.Size | list[int], *, arithmetic: torch.dtype | None = None
+) -> Certificate:
     """What is proved about ``module`` on inputs of ``shape`` (one sample, without the batch axis).
 
-    ``arithmetic=None`` certifies the exact map with the parameters as they are stored. ``arithmetic=torch.float32`` certifies
-    the program that runs in that type as well: ``Certificate.error`` then bounds its distance from the exact map.
-    Norm bounds are computed anew from the weights at every call; nothing that is stored is trusted.
+    ``arithmetic=None`` certifies the exact map with the parameters as they are stored. ``arithmetic=torch.float32`` (or
+    float64) certifies the program that runs in that type as well: ``Certificate.error`` then bounds its distance from the
+    exact map. Norm bounds are computed anew from the weights; nothing that is stored is trusted.
 
     Raises :class:`~nonexpansive.errors.Refused` for a module without a rule, with hooks, in training mode where that matters,
-    or under reduced precision (autocast, TF32) when a floating type is asked for.
+    or under reduced precision (autocast, TF32) when a floating type is asked for; ValueError for a shape that is none.
     """
     shape = tuple(int(n) for n in shape)
     if not shape or min(shape) < 1:
         raise ValueError(f"shape must be that of one sample, all entries at least 1, not {shape}")
     if arithmetic is None:
         return fold(module, shape, 0.0)
-    if arithmetic not in UNIT:
-        raise ValueError(f"arithmetic must be None (exact) or one of {sorted(map(str, UNIT))}, not {arithmetic}")
+    if arithmetic not in (torch.float32, torch.float64):
+        raise Refused(
+            f"rounding is bounded for torch.float32 and torch.float64, not for {arithmetic}, whose range or precision is too "
+            "small for that: ask for exact arithmetic (arithmetic=None)"
+        )
     _require_plain(module, arithmetic)
     certificate = fold(module, shape, UNIT[arithmetic])
     assumptions = (
-        "sums of products in any order at the stated precision (no Winograd or FFT convolution, no overflow)",
+        "sums of products in any order at the stated precision (no Winograd or FFT convolution), gradual underflow, no overflow",
         *certificate.assumptions,
     )
     return replace(certificate, arithmetic=str(arithmetic).removeprefix("torch."), assumptions=assumptions)
@@ -208,38 +212,53 @@ def certify(module: nn.Module, shape: Shape | torch.Size | list[int], *, arithme
 
 def fold(module: nn.Module, shape: Shape, unit: float) -> Certificate:
     """The certificate of one module: its type's rule applied, after a check that its forward is the type's own."""
-    kind = _type(module)
-    name = kind.__qualname__
+    kind = parametrize.type_before_parametrizations(module)
     if kind not in _RULES:
+        name = kind.__qualname__
         raise Refused(
             f"{name} has no certificate: no rule is registered for exactly this type. "
             f"Use modules that have one, or register your own proof with nonexpansive.rule({name})."
         )
-    if "forward" in module.__dict__:
-        raise Refused(f"{name} has a forward of its own on this instance; certificates hold for the type's forward alone")
-    if any(getattr(module, hooks, None) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or (
-        torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    ):
-        raise Refused(
-            f"{name} has forward hooks, which may change what it computes. Remove them "
-            "(for weight or spectral norm use torch.nn.utils.parametrizations instead of the hook-based versions)."
-        )
-    for parameter in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise Refused(f"{name} holds NaN or infinite numbers")
+    _require_unaltered(module)
     return _RULES[kind](module, shape, unit).sharpened()
 
 
-def _type(module: nn.Module) -> type[nn.Module]:
-    """The module's type; before parametrization where torch replaced it."""
-    return parametrize.type_before_parametrizations(module) if parametrize.is_parametrized(module) else type(module)
+def require_out_of_place(module: nn.Module, why: str) -> None:
+    """Raises Refused if anything in ``module`` may overwrite its input."""
+    culprit = next((child for child in module.modules() if getattr(child, "inplace", False)), None)
+    if culprit is not None:
+        raise Refused(f"{culprit} overwrites its input, {why}: set inplace=False")
+
+
+def _require_unaltered(module: nn.Module) -> None:
+    """That the module and all in it compute what their types say, from numbers that are finite."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        raise Refused("global forward hooks are registered, which may change what any module computes: remove them")
+    for child in module.modules():
+        name = type(child).__qualname__
+        own = next((key for key in vars(child) if callable(getattr(type(child), key, None))), None)
+        if own is not None:
+            raise Refused(f"{name} has a {own} of its own on this instance; certificates hold for the type's alone")
+        if child._forward_hooks or child._forward_pre_hooks:
+            raise Refused(
+                f"{name} has forward hooks, which may change what it computes. Remove them "
+                "(for weight or spectral norm use torch.nn.utils.parametrizations instead of the hook-based versions)."
+            )
+        if parametrize.is_parametrized(child) and any(p.training for p in child.parametrizations.modules()):  # type: ignore
+            raise Refused(f"{name} has a parametrization in training mode, where its weights may change: call .eval()")
+        for tensor in (*child.parameters(recurse=False), *child.buffers(recurse=False)):
+            if tensor.is_complex() or tensor.is_meta:
+                raise Refused(f"{name} holds {'complex numbers' if tensor.is_complex() else 'tensors without data (meta)'}")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise Refused(f"{name} holds NaN or infinite numbers")
 
 
 def _require_plain(module: nn.Module, arithmetic: torch.dtype) -> None:
+    """That the module's arithmetic is the one asked for."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     off = next((t.dtype for t in tensors if t.dtype != arithmetic and t.ndim > 0), None)
     if off is not None:
-        raise Refused(f"a certificate for {arithmetic} was asked for, but the module holds {off}: call module.to({arithmetic})")
+        raise Refused(f"a certificate for {arithmetic} was asked for, but the module holds {off}: call .to({arithmetic})")
     devices = {t.device.type for t in tensors} | {"cpu"}
     for device in sorted(devices):
         if torch.is_autocast_enabled(device):
@@ -247,12 +266,24 @@ def _require_plain(module: nn.Module, arithmetic: torch.dtype) -> None:
                 f"autocast is on for {device}: the program runs in reduced precision, which this certificate does not cover. "
                 "Certify and run outside torch.autocast, or ask for exact arithmetic."
             )
-    if "cuda" in devices and arithmetic == torch.float32:
-        if torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32:
-            raise Refused(
-                "TF32 is allowed, so float32 convolutions round their inputs to 11 bits. Set torch.backends.cudnn.allow_tf32 "
-                "= False and torch.backends.cuda.matmul.allow_tf32 = False, or ask for exact arithmetic."
-            )
+    if arithmetic == torch.float32 and (setting := _reduced_precision(devices)):
+        raise Refused(
+            f"float32 products may be computed in a smaller type: {setting}. Turn that off (torch.set_float32_matmul_precision"
+            "('highest'), torch.backends.cudnn.allow_tf32 = False), or ask for exact arithmetic."
+        )
+
+
+def _reduced_precision(devices: set[str]) -> str | None:
+    """The setting of torch by which float32 products are not float32, if there is one."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}"
+    for kind in ("matmul", "conv"):  # absent from older versions, which have no such setting on a CPU
+        chosen = getattr(getattr(torch.backends.mkldnn, kind, None), "fp32_precision", "none")
+        if chosen not in ("none", "ieee"):
+            return f"torch.backends.mkldnn.{kind}.fp32_precision is {chosen!r}"
+    if "cuda" in devices and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
+        return "TF32 is allowed"
+    return None
 
 
 def chain(first: Certificate, *rest: Certificate, rule: str) -> Certificate:
@@ -283,22 +314,26 @@ def isometry(domain: Shape, codomain: Shape, rule: str, averaged: float | None =
     return Certificate(1.0, averaged, domain, codomain, rule, Affine(1.0))
 
 
+def entries(shape: Shape) -> int:
+    """How many numbers a sample of that shape holds."""
+    return math.prod(shape)
+
+
 def relaxed(inner: Certificate, t: float, unit: float) -> Certificate:
-    """(1-t)I + tT for t in (0, 1/α]: α' = tα, and L ≤ |1-t| + tL in any case."""
+    """(1-t)I + tT, t ≥ 0: α' = tα where that is below 1 (α = 1 for a T that is non-expansive), and L ≤ |1-t| + tL in any case."""
     if inner.domain != inner.codomain:
         raise Refused(f"relaxation needs a map into its own space, not {inner.domain} → {inner.codomain}")
-    if t < 0:
+    if not t >= 0:
         raise Refused(f"relaxation by t = {t}: t must be at least 0")
-    averaged = None
-    if inner.averaged is not None and up(t * inner.averaged) < 1:
-        averaged = up(t * inner.averaged) if t != 1 else inner.averaged
-    x = Enclosure.input(unit)
-    out = x * (1 - t) + Enclosure(inner.growth, inner.error, unit) * t
-    lipschitz = 1.0 if averaged is not None and inner.lipschitz >= 1 else up(abs(1 - t) + up(t * inner.lipschitz))
+    alpha = inner.averaged if inner.averaged is not None else 1.0 if inner.nonexpansive else math.inf
+    averaged = times(t, alpha) if t else 0.0
+    lipschitz = plus(up(abs(1 - t)), times(t, inner.lipschitz))
+    size = entries(inner.domain)
+    out = Enclosure.input(unit, size).lerp(Enclosure(inner.growth, inner.error, unit, size), t)
     return from_enclosure(
         out,
-        lipschitz=lipschitz,
-        averaged=averaged,
+        lipschitz=min(1.0, lipschitz) if averaged <= 1 else lipschitz,
+        averaged=averaged if averaged < 1 else None,
         domain=inner.domain,
         codomain=inner.codomain,
         rule=f"relaxation (1-t)I + tT, t = {t:g}",

@@ -10,15 +10,14 @@ arithmetic is exact and only errors put in by hand (a solver's tolerance) are ca
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from nonexpansive.errors import Refused
 from nonexpansive.math.activation import Slopes
-from nonexpansive.math.rounding import gamma, up
+from nonexpansive.math.rounding import gamma, plus, root, times, up
 
 TINY = 2.0**-126
-"""Smallest normal float32: an upper bound on what one operation can lose to underflow, flushed to zero or not."""
+"""Smallest normal float32: more than what one operation loses to underflow."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Affine:
     constant: float = 0.0
 
     def __add__(self, other: Affine) -> Affine:
-        return Affine(_up(self.slope + other.slope), _up(self.constant + other.constant))
+        return Affine(plus(self.slope, other.slope), plus(self.constant, other.constant))
 
     def __mul__(self, factor: float) -> Affine:
         return Affine(times(self.slope, factor), times(self.constant, factor))
@@ -37,35 +36,29 @@ class Affine:
     __rmul__ = __mul__
 
     def __call__(self, u: float) -> float:
-        return _up(times(self.slope, u) + self.constant)
+        return plus(times(self.slope, u), self.constant)
 
     def of(self, inner: Affine) -> Affine:
         """u ↦ self(inner(u))."""
         return Affine(times(self.slope, inner.slope), self(inner.constant))
 
 
-def times(a: float, b: float) -> float:
-    """a·b for a, b ≥ 0, rounded up; exact where a factor is 0 or 1, so that maps with L = 1 stay at 1."""
-    return a * b if a in (0.0, 1.0) or b in (0.0, 1.0) else up(a * b)
-
-
-def _up(total: float) -> float:
-    """A sum of numbers ≥ 0 rounded up; a sum of zeros is zero."""
-    return up(total) if total else 0.0
-
-
 @dataclass(frozen=True)
 class Enclosure:
-    """Bounds on a quantity of a network as functions of ‖x‖: ``norm`` of the exact one, ``error`` of the program's."""
+    """Bounds on a quantity of ``entries`` numbers as functions of ‖x‖: ``norm`` of the exact one, ``error`` of the program's.
+
+    ``unit``: the unit roundoff of the program, 0 for exact arithmetic.
+    """
 
     norm: Affine
     error: Affine
     unit: float
+    entries: int
 
     @staticmethod
-    def input(unit: float) -> Enclosure:
+    def input(unit: float, entries: int) -> Enclosure:
         """The input x itself: of size ‖x‖, known exactly."""
-        return Enclosure(Affine(1.0), Affine(), unit)
+        return Enclosure(Affine(1.0), Affine(), unit, entries)
 
     @property
     def computed(self) -> Affine:
@@ -75,45 +68,62 @@ class Enclosure:
     def linear(self, norm: float, absolute: float, terms: int, entries: int, bias: float = 0.0) -> Enclosure:
         """Ax + b with ‖A‖ ≤ norm, ‖|A|‖ ≤ absolute, ``terms`` products an entry, ``entries`` outputs, ‖b‖ ≤ bias.
 
-        Sums may be taken in any order, with or without fused multiply-add: |fl - exact| ≤ γ_{terms+1}(|A||x| + |b|).
+        Sums may be taken in any order, with or without fused multiply-add, and A may have been multiplied by a number before:
+        |fl - exact| ≤ γ_{terms+2}(|A||x| + |b|), to which every operation adds what it loses to underflow.
         """
-        size = self.norm * norm + Affine(0.0, bias)
-        if not self.unit:
-            return Enclosure(size, self.error * norm, 0.0)
-        local = (self.computed * absolute + Affine(0.0, bias)) * gamma(terms + 2, self.unit)
-        return Enclosure(size, self.error * norm + local + Affine(0.0, underflow(terms, entries)), self.unit)
-
-    def elementwise(self, slope: Slopes, entries: int) -> Enclosure:
-        """σ(x) for x of ``entries`` entries; the program's σ(t) is off by at most ulps·u·(|t| + scale) + absolute."""
-        root = up(entries**0.5)
-        size = self.norm * slope.lipschitz + Affine(0.0, up(slope.scale * root))
-        error = self.error * slope.lipschitz + Affine(0.0, up(slope.absolute * root))
+        size, error = self.norm * norm + Affine(0.0, bias), self.error * norm
         if self.unit:
-            if not math.isfinite(slope.ulps):
+            try:
+                relative = gamma(terms + 2, self.unit)
+            except ValueError as why:
+                raise Refused(f"no bound on the rounding of a linear layer: {why}. Ask for exact arithmetic") from why
+            error += (self.computed * absolute + Affine(0.0, bias)) * relative
+            error += Affine(0.0, times((2 * terms + 2) * TINY, root(entries)))
+        return Enclosure(size, error, self.unit, entries)
+
+    def elementwise(self, slope: Slopes) -> Enclosure:
+        """σ(x), where the program's σ(t) is off by at most ulps·u·(|t| + scale) + absolute."""
+        size = self.norm * slope.lipschitz + self._each(slope.scale)
+        error = self.error * slope.lipschitz + self._each(slope.absolute)
+        if self.unit:
+            if not slope.ulps < float("inf"):
                 raise Refused("an activation gives no bound on its rounding (Slopes.ulps): ask for exact arithmetic")
-            error += (self.computed + Affine(0.0, up(slope.scale * root))) * up(slope.ulps * self.unit)
-        return Enclosure(size, error, self.unit)
+            # intermediate results may be smaller than the final one, so their underflow may be multiplied
+            error += (self.computed + self._each(slope.scale)) * times(slope.ulps, self.unit) + self._each(64 * TINY)
+        return Enclosure(size, error, self.unit, self.entries)
 
     def __mul__(self, factor: float) -> Enclosure:
         """factor·x: one rounding for the product, one for the factor."""
         factor = abs(factor)
-        return Enclosure(
-            self.norm * factor,
-            self.error * factor + self.computed * times(factor, _up(2.5 * self.unit)),
-            self.unit,
-        )
+        size, error = self.norm * factor, self.error * factor
+        if self.unit and factor not in (0.0, 1.0):
+            if not 2.0**-100 < factor < 2.0**100:
+                raise Refused(f"the number {factor:g} comes near the end of float32's range, where no rounding bound holds")
+            error += self.computed * times(factor, 2.5 * self.unit) + self._each(TINY)
+        return Enclosure(size, error, self.unit, self.entries)
 
     __rmul__ = __mul__
 
     def __add__(self, other: Enclosure) -> Enclosure:
         size, error = self.norm + other.norm, self.error + other.error
-        return Enclosure(size, error + (size + error) * self.unit, self.unit)
+        return Enclosure(size, error + (size + error) * self.unit, self.unit, self.entries)
+
+    def lerp(self, end: Enclosure, t: float) -> Enclosure:
+        """(1-t)x + t·end as ``torch.lerp`` computes it: x + t(end - x) for |t| < 1/2, else end - (1-t)(end - x)."""
+        rest = 0.0 if t == 1 else up(abs(1 - t))
+        size, error = self.norm * rest + end.norm * abs(t), self.error * rest + end.error * abs(t)
+        if self.unit:
+            ulps = up(2 + 2 * abs(t) + 5 * rest)  # also for t itself, which is rounded first
+            error += (self.computed + end.computed) * times(ulps, self.unit) + self._each(ulps * TINY)
+        return Enclosure(size, error, self.unit, self.entries)
 
     def rounded(self, operands: Affine, ulps: float) -> Enclosure:
         """The same quantity, computed with ``ulps`` more roundings of operands of that size."""
-        return Enclosure(self.norm, self.error + operands * _up(ulps * self.unit), self.unit)
+        if not self.unit:
+            return self
+        error = self.error + operands * times(ulps, self.unit) + self._each(ulps * TINY)
+        return Enclosure(self.norm, error, self.unit, self.entries)
 
-
-def underflow(terms: int, entries: int) -> float:
-    """What ``entries`` sums of ``terms`` products can lose to underflow, in the Euclidean norm."""
-    return up((2 * terms + 2) * TINY * up(entries**0.5))
+    def _each(self, size: float) -> Affine:
+        """The norm of a tensor whose entries are at most ``size``."""
+        return Affine(0.0, times(size, root(self.entries)))

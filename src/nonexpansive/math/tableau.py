@@ -135,8 +135,8 @@ class ButcherTableau:
         if self.deficiency is None:
             culprits = ", ".join(f"b_{i} = {v}" for i, v in enumerate(self.b, 1) if v <= 0)
             raise Refused(
-                f"Runge-Kutta method {self.name!r} has circle-contractivity radius 0 because {culprits}, so no step of it"
-                " is known to be non-expansive: take a method with positive weights, such as euler, heun, ssp33 or rk4"
+                f"Runge-Kutta method {self.name!r} has circle-contractivity radius 0 because {culprits}: no step of it"
+                " is known to be non-expansive. Take a method with positive weights, such as euler, heun, ssp33 or rk4"
             )
         return self.deficiency
 
@@ -154,8 +154,9 @@ class ButcherTableau:
         return math.inf if denominator <= 0 or math.isinf(nu) else _down(2 * Fraction(nu) / denominator)
 
     def averagedness(self, nu: float, h: float) -> float:
-        """α = 1/(1 + 2ν/h - 1/r), rounded up: a step of size h is α-averaged on a ν-cocoercive dissipative field. Above
-        1 (or infinite) no bound is known, not even non-expansiveness. A step h = 0 or a constant field (ν = ∞) has α = 0.
+        """α = 1/(1 + 2ν/h - 1/r), rounded up: a step of size h is α-averaged on a ν-cocoercive dissipative field.
+        Above 1 (or infinite) no bound is known, not even non-expansiveness. A step h = 0 or a constant field (ν = ∞)
+        has α = 0.
 
         Raises ValueError if ν ≤ 0, h < 0 or either is not a number, Refused where r = 0.
         """
@@ -258,7 +259,10 @@ def _elementary(tree: Tree, a: tuple[tuple[Fraction, ...], ...]) -> list[Fractio
     value = [Fraction(1)] * len(a)
     for subtree in tree:
         inner = _elementary(subtree, a)
-        value = [v * sum((w * x for w, x in zip(row, inner, strict=True)), Fraction(0)) for v, row in zip(value, a)]
+        value = [
+            v * sum((w * x for w, x in zip(row, inner, strict=True)), Fraction(0))
+            for v, row in zip(value, a, strict=True)
+        ]
     return value
 
 
@@ -291,8 +295,12 @@ METHODS: dict[str, ButcherTableau] = {
         # Kraaijevanger 1991 (r = 2).
         _lower("ssp43", [["1/2"], ["1/2"] * 2, ["1/6"] * 3], ["1/6", "1/6", "1/6", "1/2"]),
         # Ketcheson 2008 (r = 6).
-        _lower("ssp104", [*(["1/6"] * i for i in range(1, 5)), *(["1/15"] * 5 + ["1/6"] * i for i in range(5))], ["1/10"] * 10),
-        # Kutta 1901: the classical method of order 4 (r = 1), the third-order one (r = 1/2) and the 3/8 rule (r = 0.46).
+        _lower(
+            "ssp104",
+            [*(["1/6"] * i for i in range(1, 5)), *(["1/15"] * 5 + ["1/6"] * i for i in range(5))],
+            ["1/10"] * 10,
+        ),
+        # Kutta 1901: the method of order 4 (r = 1), the one of order 3 (r = 1/2) and the 3/8 rule (r = 0.46).
         _lower("rk4", [["1/2"], [0, "1/2"], [0, 0, 1]], ["1/6", "1/3", "1/3", "1/6"]),
         _lower("kutta3", [["1/2"], [-1, 2]], ["1/6", "2/3", "1/6"]),
         _lower("rk38", [["1/3"], ["-1/3", 1], [1, -1, 1]], ["1/8", "3/8", "3/8", "1/8"]),
@@ -336,4 +344,6 @@ def tableau(method: str | ButcherTableau) -> ButcherTableau:
             return ssp2(stages)
     close = difflib.get_close_matches(name, METHODS, n=2)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    raise BadInput(f"no Runge-Kutta method is called {method!r}.{hint} Known: {', '.join(METHODS)}, ssp(s,2) for any s ≥ 2")
+    raise BadInput(
+        f"no Runge-Kutta method is called {method!r}.{hint} Known: {', '.join(METHODS)}, ssp(s,2) for any s ≥ 2"
+    )

@@ -26,13 +26,15 @@ from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.bounds import norm_bound
+from nonexpansive.math.certificate import split_averaged
+from nonexpansive.math.rounding import down, times
 from nonexpansive.math.tableau import ButcherTableau
 
 Linear = Callable[[nn.Module, Tensor], tuple[Tensor, Callable[..., Tensor]]]
 """Gives (Ax, s ↦ Aᵀs) for a linear layer and x."""
 
-SMALLEST = 1e-30
-"""Squared norms below this count as zero, where any step is safe."""
+SMALLEST = 1e-12
+"""L_σ‖A‖² below this counts as this, so that no step is larger than the arithmetic of the weights bears."""
 
 
 class NormControl(nn.Module):
@@ -52,8 +54,12 @@ class NormControl(nn.Module):
 
     def attach(self, linear: nn.Module, shape: tuple[int, ...]) -> None:
         """Give the power iteration its start: a random unit vector of the linear map's input shape."""
-        vector = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        if self.vector.numel():
+            raise BadInput("this control belongs to another block already: give each block a control of its own")
+        vector = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         reference = next(linear.parameters(), torch.zeros(()))
+        if vector.ndim == 4:  # on a CPU, torch convolves one small contiguous picture by a path that takes twice the time
+            vector = vector.contiguous(memory_format=torch.channels_last)
         self.vector = (vector / vector.norm()).to(reference.device, reference.dtype)
 
     def squared_norm(self, linear: nn.Module, apply: Linear) -> Tensor:
@@ -63,11 +69,12 @@ class NormControl(nn.Module):
             image, pullback = apply(linear, v)
             with torch.no_grad():
                 ahead = pullback(image.detach())
-                size = ahead.norm()
-                self.vector.copy_(torch.where(size > 0, ahead / size.clamp_min(1e-38), v))
-            return image.square().sum().clamp_min(SMALLEST)
+                size = torch.linalg.vector_norm(ahead, dtype=_wide(ahead))
+                usable = (size > 0) & size.isfinite()
+                self.vector.copy_(torch.where(usable, ahead / size.where(usable, 1.0), v))
+            return image.to(_wide(image)).square().sum()
 
-    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor, int]:
+    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:
         """The step h (differentiable) and the number of substeps for an estimate of ‖A‖²."""
         raise NotImplementedError
 
@@ -79,12 +86,16 @@ class NormControl(nn.Module):
         """The factor by which weights of that norm are to be multiplied after an optimiser step (1: left alone)."""
         return 1.0
 
-    def largest(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> float:
-        """The largest safe h, rounded down far enough to stay safe when stored in float32."""
-        smoothness = lipschitz * norm * norm
-        if smoothness <= SMALLEST:
-            return 1.0 / SMALLEST
-        return tableau.max_step(1 / smoothness, self.alpha) * (1 - 2.0**-21)
+    def largest(self, norm: float, lipschitz: float, tableau: ButcherTableau, steps: int = 1) -> float:
+        """The largest h with which ``steps`` steps together are α-averaged, rounded down far enough to be stored in float32."""
+        smoothness = max(times(times(lipschitz, norm), norm), SMALLEST)
+        if not smoothness < 1e300:
+            raise Refused(f"the norm of A is {norm:g}, so no step is short enough: the weights have diverged")
+        return tableau.max_step(down(1 / smoothness), self._each(steps)) * (1 - 2.0**-21)
+
+    def _each(self, steps: int) -> float:
+        """The α that each of ``steps`` steps may have."""
+        return self.alpha if steps == 1 or self.alpha == 1 else split_averaged(self.alpha, steps)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}"
@@ -93,8 +104,8 @@ class NormControl(nn.Module):
 class MaximalStep(NormControl):
     """One step of the largest safe size, h = 2ν/(1/α - 1 + 1/r)."""
 
-    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor, int]:
-        return tableau.max_step(1 / lipschitz, self.alpha) / squared, 1
+    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:
+        return tableau.max_step(1.0, self.alpha) / (lipschitz * squared).clamp_min(SMALLEST), 1
 
     def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
         return self.largest(norm, lipschitz, tableau), 1
@@ -114,7 +125,9 @@ class _FixedSpan(NormControl):
 class AdaptiveSteps(_FixedSpan):
     """The paper's scheme: time T = ``span`` in n = ⌈T·L_σ‖A‖²(1/α - 1 + 1/r)/2⌉ substeps of T/n, and n = 1 for a zero norm.
 
-    In training n follows the estimate, so each step reads one number back from the device.
+    For α < 1 the n steps are shortened where together they would exceed α: there are weights so large that no number of
+    substeps is α-averaged over the whole time T. In training n follows the estimate, so each step reads one number back from
+    the device. Raises Refused where more than ``most`` substeps would be needed.
     """
 
     def __init__(self, alpha: float = 1.0, span: float = 1.0, most: int = 100) -> None:
@@ -130,13 +143,15 @@ class AdaptiveSteps(_FixedSpan):
             )
         return n
 
-    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor, int]:
+    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:
         n = self._count(float(squared.detach()) ** 0.5, lipschitz, tableau)
-        return squared.new_tensor(self.span / n), n
+        if self.alpha == 1:
+            return self.span / n, n
+        return (tableau.max_step(1.0, self._each(n)) / (lipschitz * squared).clamp_min(SMALLEST)).clamp_max(self.span / n), n
 
     def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
         n = self._count(norm, lipschitz, tableau)
-        return self.span / n * (1 - 2.0**-22), n
+        return min(self.span / n, self.largest(norm, lipschitz, tableau, n)) * (1 - 2.0**-22), n
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, most={self.most}"
@@ -148,8 +163,16 @@ class Rescale(_FixedSpan):
     Evaluation takes a smaller step where the estimate that scaled the weights was short of the bound.
     """
 
-    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor, int]:
-        return squared.new_tensor(self.span), 1
+    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:
+        return self.span, 1
+
+    def attach(self, linear: nn.Module, shape: tuple[int, ...]) -> None:
+        if not isinstance(dict(linear.named_parameters(recurse=False)).get("weight"), nn.Parameter):
+            raise Refused(
+                f"the rescale control multiplies a plain weight, which {type(linear).__name__} does not have: "
+                "use the maximal or the adaptive control"
+            )
+        super().attach(linear, shape)
 
     def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
         return min(self.span, self.largest(norm, lipschitz, tableau)), 1
@@ -181,15 +204,25 @@ _REMEMBERED = 4096
 
 def sound_norm(linear: nn.Module) -> float:
     """``norm_bound(linear)`` for any input size, remembered by the content of the weights (never by their identity)."""
-    if callable(getattr(linear, "norm_bound", None)):
+    weight = getattr(linear, "weight", None)
+    if callable(getattr(linear, "norm_bound", None)) or not isinstance(weight, Tensor):
         return norm_bound(linear)
-    digest = hashlib.blake2b(repr(linear).encode(), digest_size=16)
-    weight = linear.weight.detach()  # type: ignore[union-attr]
-    digest.update(str((weight.dtype, tuple(weight.shape))).encode())
-    digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest = hashlib.blake2b(f"{type(linear)} {linear!r} {weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
+    try:
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    except RuntimeError as error:
+        raise Refused(
+            "the norm of A cannot be bounded under a transform (torch.func.grad or vmap over the weights) or for tensors without "
+            f"data: use training mode there ({error})"
+        ) from error
     key = digest.digest()
     if key not in _BOUNDS:
         _BOUNDS[key] = norm_bound(linear)
         if len(_BOUNDS) > _REMEMBERED:
             _BOUNDS.popitem(last=False)
     return _BOUNDS[key]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type in which the norm of x is accumulated: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)

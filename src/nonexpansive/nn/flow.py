@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nonexpansive.errors import BadInput, Refused
+from nonexpansive.errors import Refused
 from nonexpansive.math.activation import activation as find_activation
 from nonexpansive.math.activation import monotone
 from nonexpansive.math.bounds import absolute_norm_bound, terms
-from nonexpansive.math.certificate import Certificate, Shape, compose_averaged, from_enclosure, rule
-from nonexpansive.math.enclosure import Affine, Enclosure
+from nonexpansive.math.certificate import (
+    Certificate,
+    Shape,
+    compose_averaged,
+    entries,
+    from_enclosure,
+    require_out_of_place,
+    rule,
+)
+from nonexpansive.math.enclosure import TINY, Affine, Enclosure
 from nonexpansive.math.integrate import integrate
-from nonexpansive.math.rounding import up
-from nonexpansive.math.rules import output_shape, slope_assumptions
+from nonexpansive.math.rounding import above, below, down, plus, times, up
+from nonexpansive.math.rules import elementwise, name_of, output_shape, slope_assumptions
 from nonexpansive.math.tableau import ButcherTableau, tableau
 from nonexpansive.nn.control import NormControl, sound_norm
 from nonexpansive.nn.control import control as find_control
-from nonexpansive.nn.linear import affine, homogeneous, probe_shape
+from nonexpansive.nn.implicit import REFERENCE, Resolvent
+from nonexpansive.nn.linear import affine, homogeneous, is_torch, offset_norm, probe_shape
+from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
 
 class GradientFlow(nn.Module):
@@ -42,9 +51,10 @@ class GradientFlow(nn.Module):
     - ``recompute``: keep only x for the backward pass and compute the rest again, which halves the memory of training.
 
     In training mode the step follows an estimate of ‖A‖. In evaluation mode it follows a sound bound, computed when
-    ``eval()`` is called, when weights are loaded, and whenever the weights are seen to have changed.
+    ``eval()`` is called, when weights are loaded or converted, and whenever they are seen to have changed. What cannot be seen
+    are writes through ``weight.data[...]``, and in a compiled model any that are made in place: call ``eval()`` after those.
 
-    Raises Refused if σ may decrease, the method's radius is 0 or the linear layer has no norm bound.
+    Raises Refused if σ may decrease or works in place, the method's radius is 0 or the linear layer has no norm bound.
     """
 
     def __init__(
@@ -61,7 +71,7 @@ class GradientFlow(nn.Module):
         super().__init__()
         self.linear = linear
         self.activation = find_activation(activation)
-        monotone(self.activation)
+        require_out_of_place(self.activation, "which a linear layer may have returned and a gradient flow uses again")
         self.tableau = tableau(method)
         self.tableau.require_usable()
         if not self.tableau.explicit:
@@ -69,25 +79,38 @@ class GradientFlow(nn.Module):
         self.control = find_control(control, alpha)
         self.control.attach(linear, probe_shape(linear, shape))
         self.recompute = recompute
-        self._settled: tuple[Any, float, int] | None = None
-        self._steepest = monotone(self.activation).high  # L_σ for training, where reading it from the device at each step would stall
+        self._steepest = monotone(self.activation).high
+        """L_σ for training, where reading it from the device at each step would stall."""
+        self._step: tuple[float, int] | None = None
+        self._stamps: list[_Stamp] = []
         self.register_load_state_dict_post_hook(_after_loading)
 
     # ------------------------------------------------------------------------------------------------------------- stepping
 
     def step(self) -> tuple[float, int]:
         """(h, n) of evaluation mode: the size of the steps and their number, from a sound bound on ‖A‖."""
-        key = None if torch.compiler.is_compiling() else _versions(self)
-        if self._settled is None or (key is not None and key != self._settled[0]):
-            h, n = self.control.safe_step(sound_norm(self.linear), monotone(self.activation).high, self.tableau)
-            self._settled = (key, h, n)
-        return self._settled[1:]
+        if self._step is None or not (torch.compiler.is_compiling() or _same(self._stamps, _stamps(self))):
+            self.settle()
+        assert self._step is not None
+        return self._step
+
+    @torch.compiler.disable
+    def settle(self) -> tuple[float, int]:
+        """``step()``, chosen anew for the weights as they are now."""
+        self._step = self.control.safe_step(sound_norm(self.linear), monotone(self.activation).high, self.tableau)
+        self._stamps = _stamps(self)
+        return self._step
+
+    def _unsettle(self) -> None:
+        """Forget the step; in evaluation mode choose it anew at once, if there are weights to choose it for."""
+        self._step, self._stamps = None, []
+        if not (self.training or any(p.is_meta for p in self.parameters())):
+            self.settle()
 
     def train(self, mode: bool = True) -> GradientFlow:
         super().train(mode)
-        self._settled, self._steepest = None, monotone(self.activation).high
-        if not mode:
-            self.step()
+        self._steepest = monotone(self.activation).high
+        self._unsettle()
         return self
 
     def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
@@ -115,32 +138,50 @@ class GradientFlow(nn.Module):
         norm = float(self.control.squared_norm(self.linear, homogeneous)) ** 0.5
         factor = self.control.rescaling(norm, monotone(self.activation).high, self.tableau)
         if factor < 1:
-            weight = dict(self.linear.named_parameters(recurse=False)).get("weight")
-            if weight is None:
-                raise Refused(f"the rescale control needs a plain weight, which {type(self.linear).__name__} does not have")
-            weight.mul_(factor)
+            self.linear.weight.mul_(factor)  # type: ignore[operator, union-attr]
 
     def _apply(self, fn: Any, recurse: bool = True) -> GradientFlow:
-        self._settled = None  # another precision has other weights
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        with suppress(Refused):  # weights that are not yet filled in
+            self._unsettle()  # another precision has other weights
+        return self
 
     def extra_repr(self) -> str:
         return f"method={self.tableau.name!r}" + (", recompute=True" if self.recompute else "")
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy's parameters are others: it settles its own step
-        return {**self.__dict__, "_settled": None}
+        return {**self.__dict__, "_step": None, "_stamps": []}
 
 
-def _versions(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """What changes when a parameter is replaced or written to; read without touching its device."""
-    return tuple((id(p), 0 if p.is_inference() else p._version) for p in module.parameters())
+_Stamp = tuple[Tensor, int, object]
+
+
+def _stamps(flow: GradientFlow) -> list[_Stamp]:
+    """The tensors that the step depends on, with what changes when one is written to; read without touching its device.
+
+    The tensors themselves are kept, since the place of one that is gone may be taken by another. Inference tensors have no
+    count of their changes: theirs is never the same.
+    """
+    stamps = []
+    for part in (flow.linear, flow.activation):
+        for t in (*part.parameters(), *part.buffers()):
+            try:
+                stamps.append((t, t.data_ptr(), object() if t.is_inference() else t._version))
+            except RuntimeError:  # a tensor under a functional transform has no place
+                stamps.append((t, 0, object()))
+    return stamps
+
+
+def _same(one: list[_Stamp], other: list[_Stamp]) -> bool:
+    return len(one) == len(other) and all(
+        a is b and place == place_ and count == count_
+        for (a, place, count), (b, place_, count_) in zip(one, other, strict=True)
+    )
 
 
 def _after_loading(module: GradientFlow, incompatible: object) -> None:
-    module._settled = None
-    if not module.training:
-        module.step()
+    module._unsettle()
 
 
 def project(model: nn.Module) -> None:
@@ -150,73 +191,100 @@ def project(model: nn.Module) -> None:
             module.project()
 
 
-# -------------------------------------------------------------------------------------------------------------- certificate
+# -------------------------------------------------------------------------------------------------------------- certificates
+
+rule(ClippedRamps, LinearSpline)(elementwise)
 
 
 @rule(GradientFlow)
-def _certify(flow: GradientFlow, shape: Shape, unit: float) -> Certificate:
+def _flow(flow: GradientFlow, shape: Shape, unit: float) -> Certificate:
     if flow.training:
         raise Refused("GradientFlow is in training mode, where its step follows an estimate: call .eval() before certifying")
-    slope = monotone(flow.activation)
-    norm = sound_norm(flow.linear)
-    h, n = flow.step()
-    middle = output_shape(flow.linear, shape)
-    smoothness = up(up(slope.high * norm) * norm)
-    if smoothness == 0 or h == 0:
-        alpha, lipschitz = 0.0, 1.0
-    else:
-        nu = 1 / smoothness * (1 - 2.0**-51)
-        alpha = flow.tableau.averagedness(nu, h)
-        if alpha > 1 and flow.tableau.name != "euler":
-            raise Refused(
-                f"the step h = {h:g} of {flow.tableau.name} exceeds 2νr = {flow.tableau.max_step(nu):g}: call .eval() again, so "
-                "that it is chosen anew for the weights as they are"
-            )
-        # a Euler step of an L-smooth convex potential that is too long: I - h∇V has slopes in [1 - hL, 1]
-        lipschitz = 1.0 if alpha <= 1 else up(up(h * smoothness) - 1)
-    averaged = compose_averaged(*[alpha] * n) if alpha < 1 else None
-    one = total = _enclose(flow, shape, middle, unit, norm, h, lipschitz)
+    require_out_of_place(flow.activation, "which a gradient flow uses again")
+    slope, norm = monotone(flow.activation), sound_norm(flow.linear)
+    h, n = flow.settle()
+    smoothness = times(times(slope.high, norm), norm)
+    alpha = flow.tableau.averagedness(down(1 / smoothness), h) if smoothness else 0.0
+    if alpha > 1:
+        raise Refused(f"the step h = {h:g} of {flow.tableau.name} is not known to be safe for ‖A‖ ≤ {norm:g}: its control is wrong")
+    one = total = _step_enclosure(flow, shape, unit, norm, h)
     for _ in range(n - 1):
-        total = Enclosure(one.norm.of(total.norm), one.error.of(total.computed) + total.error * lipschitz, unit)
-    certificate = from_enclosure(
+        total = Enclosure(one.norm.of(total.norm), one.error.of(total.computed) + total.error, unit, total.entries)
+    name = (
+        f"GradientFlow: {n} × {flow.tableau.name}, h = {h:.6g}, ‖A‖ ≤ {above(norm)}, "
+        f"slopes of σ in [{below(slope.low)}, {above(slope.high)}]"
+    )
+    return from_enclosure(
         total,
-        lipschitz=lipschitz if n == 1 or lipschitz == 1 else up(lipschitz**n * (1 + 1e-12)),
-        averaged=averaged,
+        lipschitz=1.0,
+        averaged=compose_averaged(*[alpha] * n) if alpha < 1 else None,
         domain=shape,
         codomain=shape,
-        rule=f"GradientFlow: {n} × {flow.tableau.name}, h = {h:.6g}, ‖A‖ ≤ {norm:.6g}, slopes of σ in [{slope.low:g}, {slope.high:g}]",
-        assumptions=slope_assumptions(slope, unit),
+        rule=name,
+        assumptions=(*slope_assumptions(slope, unit), *_stated(flow.linear, norm)),
     )
-    if callable(getattr(flow.linear, "norm_bound", None)):
-        stated = f"{type(flow.linear).__name__} is linear with ‖A‖ ≤ {norm:g}, as its author states"
-        certificate = replace(certificate, assumptions=(*certificate.assumptions, stated))
-    return certificate
 
 
-def _enclose(
-    flow: GradientFlow, shape: Shape, middle: Shape, unit: float, norm: float, h: float, lipschitz: float
-) -> Enclosure:
+def _stated(linear: nn.Module, norm: float) -> tuple[str, ...]:
+    if is_torch(linear):
+        return ()
+    return (f"{name_of(linear)} is linear (with an offset) with ‖A‖ ≤ {above(norm)}, as its author states",)
+
+
+def _field(linear: nn.Module, activation: nn.Module, y: Enclosure, shape: Shape, norm: float, h: float) -> Enclosure:
+    """hAᵀσ(Ay + b) for y of ``shape``: its size, and how far its computed value may be off."""
+    middle = output_shape(linear, shape)
+    bias = offset_norm(linear, shape, middle)
+    absolute, (forward, adjoint) = (absolute_norm_bound(linear), terms(linear)) if y.unit else (0.0, (0, 0))
+    s = y.linear(norm, absolute, forward, entries(middle), bias).elementwise(monotone(activation))
+    out = s.linear(norm, absolute, adjoint, entries(shape)) * h
+    # h is multiplied into the weights, which may underflow there
+    return out.rounded(s.computed * max(forward, adjoint), 2 * TINY / y.unit) if y.unit else out
+
+
+def _step_enclosure(flow: GradientFlow, shape: Shape, unit: float, norm: float, h: float) -> Enclosure:
     """The growth and the error of one step: its recurrence run on enclosures instead of tensors."""
-    slope = monotone(flow.activation)
-    absolute, (forward_terms, adjoint_terms) = (absolute_norm_bound(flow.linear), terms(flow.linear)) if unit else (0.0, (0, 0))
-    entries = math.prod(middle)
-    positions = entries // (middle[0] if len(middle) > 1 else entries)
-    bias = getattr(flow.linear, "bias", None)
-    offset = 0.0 if bias is None else up(float(bias.detach().double().norm()) * (1 + 1e-12) * up(positions**0.5))
-
-    def field(y: Enclosure) -> Enclosure:
-        t = y.linear(norm, absolute, forward_terms, entries, offset).elementwise(slope, entries)
-        return t.linear(norm, absolute, adjoint_terms, math.prod(shape)) * h
-
-    x = stage = Enclosure.input(unit)
+    x = stage = Enclosure.input(unit, entries(shape))
     slopes: list[Enclosure] = []
     for theta, summands, _ in flow.tableau.recurrence:
-        slopes.append(field(stage))
-        if theta == 0:
-            stage = x
-        elif theta != 1:
-            stage = (x * (1 - theta) + stage * theta).rounded(x.computed + stage.computed, 4)
+        slopes.append(_field(flow.linear, flow.activation, stage, shape, norm, h))
+        if theta != 1:
+            stage = x.lerp(stage, theta) if theta else x
         for j, weight in summands:
             stage = stage + slopes[j] * weight
-    # the exact step is L-Lipschitz, which bounds its growth better than its formula: ‖T(x)‖ ≤ ‖T(0)‖ + L‖x‖
-    return Enclosure(Affine(lipschitz, stage.norm.constant), stage.error, unit)
+    # the exact step is non-expansive, which bounds its growth better than its formula: ‖T(x)‖ ≤ ‖T(0)‖ + ‖x‖
+    return Enclosure(Affine(1.0, stage.norm.constant), stage.error, unit, stage.entries)
+
+
+@rule(Resolvent)
+def _resolvent(module: Resolvent, shape: Shape, unit: float) -> Certificate:
+    """1/(2 + 2ν/h)-averaged. The solver returns y with a computed residual r = y + h∇V(y) - x of ‖r‖ ≤ tolerance·max(‖x‖, 1),
+    so that its distance from the solution is at most ‖r‖ and the rounding of r, as I + h∇V is 1-strongly monotone."""
+    require_out_of_place(module.activation, "which the resolvent uses again")
+    slope, norm = monotone(module.activation), sound_norm(module.linear)
+    smoothness = times(times(slope.high, norm), norm)
+    alpha = up(1 / (2 + 2 * down(down(1 / smoothness) / module.step))) if smoothness else 0.0
+    exact = _field(module.linear, module.activation, Enclosure.input(0.0, entries(shape)), shape, norm, module.step)
+    growth = Affine(1.0, exact.norm.constant)  # ‖T(0)‖ ≤ ‖h∇V(0)‖
+    error = Affine(module.tolerance, times(module.tolerance, REFERENCE))
+    if unit:
+        # e(‖y‖) bounds the rounding of r; with ‖y‖ ≤ growth + error it gives error·(1 - e.slope) ≤ tolerance + e(growth)
+        y = Enclosure.input(unit, entries(shape))
+        g = _field(module.linear, module.activation, y, shape, norm, module.step)
+        e = g.rounded(Affine(2.0) + g.computed, 3).error
+        if not e.slope < 0.5:
+            raise Refused("the rounding of the resolvent's residual is not bounded well enough: ask for exact arithmetic")
+        x_rounding = Affine(times(6, unit), 0.0)
+        error = (error * 1.000001 + e.of(growth) + x_rounding) * up(1 / (1 - e.slope))
+    return from_enclosure(
+        Enclosure(growth, error, unit, entries(shape)),
+        lipschitz=1.0,
+        averaged=alpha,
+        domain=shape,
+        codomain=shape,
+        rule=(
+            f"Resolvent (implicit Euler), h = {module.step:g}, ‖A‖ ≤ {above(norm)}, "
+            f"slopes of σ in [{below(slope.low)}, {above(slope.high)}]"
+        ),
+        assumptions=(*slope_assumptions(slope, unit), *_stated(module.linear, norm)),
+    )

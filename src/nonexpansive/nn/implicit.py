@@ -26,15 +26,17 @@ class Resolvent(nn.Module):
     V(z) = 1ᵀγ(Az + b), γ' = σ, is convex, so z is firmly non-expansive in x for every h > 0; more precisely
     1/(2 + 2ν/h)-averaged with ν = 1/(L_σ‖A‖²). Maps (B, *shape) to (B, *shape).
 
-    F(z) = z + h∇V(z) - x is 1-strongly monotone, hence the error of any z is at most ‖F(z)‖: the solver stops, sample by
-    sample, once ‖F(z)‖ ≤ ``tolerance``·max(‖x‖, 1), so the result deviates from the exact resolvent by no more than that
-    (plus the rounding of one evaluation of F). The gradient is that of the exact solution, by the implicit function theorem:
-    conjugate gradients on I + hAᵀDA, D = σ'(Az + b), to the same tolerance; its memory does not depend on the iterations.
+    F(z) = z + h∇V(z) - x is 1-strongly monotone, hence the error of any z is at most ‖F(z)‖: the solver stops, sample
+    by sample, once ‖F(z)‖ ≤ ``tolerance``·max(‖x‖, 1), so the result deviates from the exact resolvent by no more
+    than that (plus the rounding of one evaluation of F). The gradient is that of the exact solution, by the implicit
+    function theorem: conjugate gradients on I + hAᵀDA, D = σ'(Az + b), to the same tolerance; its memory does not
+    depend on the iterations.
 
     ``linear`` and ``activation``: A, b and σ, as for ``GradientFlow``; ``step``: h.
 
-    Raises Refused if σ may decrease or the norm of A is not known, BadInput for a step or tolerance out of range or an input
-    that is not finite, Diverging if the solver misses the tolerance within the iterations that suffice in theory.
+    Raises Refused if σ may decrease or the norm of A is not known, BadInput for a step or tolerance out of range or
+    an input that is not finite, Diverging if the solver misses the tolerance within the iterations that suffice in
+    theory.
     """
 
     def __init__(
@@ -74,8 +76,9 @@ class Resolvent(nn.Module):
 
     @torch.no_grad()
     def _solve(self, x: Tensor, *level: Tensor | float) -> tuple[Tensor, float]:
-        """z and the κ that led to it. Nesterov's method for 1-strongly convex, κ-smooth functions (*Lectures on Convex Optimization*, 2.2.22), which stays
-        right for a κ that is too large. Training starts with an estimate of ‖A‖; where it fails, the bound decides."""
+        """z and the κ that led to it. Nesterov's method for 1-strongly convex, κ-smooth functions (*Lectures on
+        Convex Optimization*, 2.2.22), which stays right for a κ that is too large. Training starts with an estimate
+        of ‖A‖; where it fails, the bound decides."""
         target = self.tolerance * _norms(x).clamp_min(REFERENCE)
         ratio = math.inf
         norms = [lambda: 1.1 * _estimate(self.linear, x), lambda: sound_norm(self.linear)]
@@ -85,9 +88,9 @@ class Resolvent(nn.Module):
             if ratio <= 1:
                 return z, kappa
         raise Diverging(
-            f"the resolvent's residual is {ratio:.3g} times its tolerance {self.tolerance:g} after the iterations that suffice"
-            f" in exact arithmetic: {x.dtype} cannot resolve it for a step of {self.step:g}. Raise the tolerance, lower the"
-            " step, or use float64"
+            f"the resolvent's residual is {ratio:.3g} times its tolerance {self.tolerance:g} after the iterations that"
+            f" suffice in exact arithmetic: {x.dtype} cannot resolve it for a step of {self.step:g}. Raise the"
+            " tolerance, lower the step, or use float64"
         )
 
     def _descend(self, x: Tensor, target: Tensor, kappa: float, *level: Tensor | float) -> tuple[Tensor, float]:
@@ -110,7 +113,8 @@ class Resolvent(nn.Module):
                 return y, worst
             k += 1
             ahead = y - residual / kappa
-            active = (ratios > 1).reshape(column)  # a solved sample rests, so that its result does not depend on the others
+            # a solved sample rests, so that its result does not depend on the others
+            active = (ratios > 1).reshape(column)
             y = torch.where(active, torch.lerp(z, ahead, 1 + momentum), y)
             z = ahead
 
@@ -140,8 +144,8 @@ class Resolvent(nn.Module):
             old, rho = rho, torch.where(active, _norms(r) ** 2, rho)
             p = r + torch.where(active, rho / old.where(active, 1.0), 0.0).to(g.dtype).reshape(column) * p
         raise Diverging(
-            f"conjugate gradients for the resolvent's derivative miss the tolerance {self.tolerance:g} in {g.dtype}: raise the"
-            " tolerance, lower the step, or use float64"
+            f"conjugate gradients for the resolvent's derivative miss the tolerance {self.tolerance:g} in"
+            f" {g.dtype}: raise the tolerance, lower the step, or use float64"
         )
 
     def extra_repr(self) -> str:

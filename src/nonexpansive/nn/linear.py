@@ -8,6 +8,7 @@ hence right for each padding mode, parametrization, and module of the user's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nonexpansive.errors import BadInput, Refused
+from nonexpansive.math.certificate import Shape
+from nonexpansive.math.rounding import euclidean, times
+from nonexpansive.math.rules import bias_norm
 
 Pullback = Callable[..., Tensor]
 
@@ -23,23 +27,44 @@ _ADJOINT = {nn.Conv1d: F.conv_transpose1d, nn.Conv2d: F.conv_transpose2d, nn.Con
 
 def affine(linear: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
     """(Ax + b, pullback) with pullback(s, scale=1) = scale·Aᵀs, for a float or 0-dimensional tensor ``scale``."""
+    return _run(linear, x, getattr(linear, "bias", None) if is_torch(linear) else None)
+
+
+def homogeneous(linear: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
+    """(Ax, pullback): the linear part alone, b left out."""
+    t, pullback = _run(linear, x, None)
+    return (t, pullback) if is_torch(linear) else (t - linear(torch.zeros_like(x)), pullback)
+
+
+def is_torch(linear: nn.Module) -> bool:
+    """Whether this is a linear layer of torch itself (before parametrization), and no subclass."""
+    kind = parametrize.type_before_parametrizations(linear)
+    return kind is nn.Linear or kind in _ADJOINT
+
+
+def _run(linear: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Pullback]:
     kind = parametrize.type_before_parametrizations(linear)
     if kind is nn.Linear:
         weight = linear.weight
-        return F.linear(x, weight, linear.bias), lambda s, scale=1.0: s @ _scaled(weight, scale)
-    if kind in _ADJOINT and linear.padding_mode == "zeros" and not isinstance(linear.padding, str):
-        weight, dimensions = linear.weight, x.shape[2:]
-        t = linear._conv_forward(x, weight, linear.bias)
-        geometry = zip(dimensions, t.shape[2:], linear.stride, linear.padding, linear.dilation, linear.kernel_size, strict=True)
-        unreached = tuple(n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, s, p, d, k in geometry)
-
-        def pullback(s: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-            return _ADJOINT[kind](
-                s, _scaled(weight, scale), None, linear.stride, linear.padding, unreached, linear.groups, linear.dilation
+        return F.linear(x, weight, bias), lambda s, scale=1.0: s @ _scaled(weight, scale)
+    if kind not in _ADJOINT:
+        forward = linear
+    else:
+        weight = linear.weight
+        if linear.padding_mode == "zeros" and not isinstance(linear.padding, str):
+            t = linear._conv_forward(x, weight, bias)
+            stride, padding, dilation = linear.stride, linear.padding, linear.dilation
+            geometry = zip(x.shape[2:], t.shape[2:], stride, padding, dilation, linear.kernel_size, strict=True)
+            unreached = tuple(n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, s, p, d, k in geometry)
+            adjoint, groups = _ADJOINT[kind], linear.groups
+            return t, lambda s, scale=1.0: adjoint(
+                s, _scaled(weight, scale), None, stride, padding, unreached, groups, dilation
             )
 
-        return t, pullback
-    t, vjp = torch.func.vjp(linear, x)
+        def forward(x: Tensor) -> Tensor:
+            return linear._conv_forward(x, weight, bias)
+
+    t, vjp = torch.func.vjp(forward, x)
     return t, lambda s, scale=1.0: vjp(s * scale if isinstance(scale, Tensor) or scale != 1 else s)[0]
 
 
@@ -48,16 +73,17 @@ def _scaled(weight: Tensor, scale: float | Tensor) -> Tensor:
     return weight if not isinstance(scale, Tensor) and scale == 1 else weight * scale
 
 
-def homogeneous(linear: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
-    """(Ax, pullback): the linear part alone, b left out."""
-    t, pullback = affine(linear, x)
-    bias = getattr(linear, "bias", None)
-    if bias is None:
-        return t, pullback
-    return t - bias.reshape(-1, *(1 for _ in t.shape[2:])) if t.ndim > 2 else t - bias, pullback
+def offset_norm(linear: nn.Module, shape: Shape, codomain: Shape) -> float:
+    """‖b‖ over all entries of the output for a sample of ``shape``; for a module of the user's, that of its value at 0."""
+    if is_torch(linear):
+        return bias_norm(linear, codomain)
+    like = next(linear.parameters(), torch.zeros(()))
+    with torch.no_grad():
+        value = linear(torch.zeros((1, *shape), dtype=like.dtype, device=like.device))
+    return times(euclidean(value), 1.001)  # more than its rounding can have hidden
 
 
-def probe_shape(linear: nn.Module, shape: Sequence[int] | None = None) -> tuple[int, ...]:
+def probe_shape(linear: Any, shape: Sequence[int] | None = None) -> Shape:
     """An input shape on which a power iteration can run: that of the layer, with 16 (in three dimensions 8) entries an axis.
 
     ``shape`` is the one to take for a module of the user's. Raises Refused for a module of which no norm bound is known.
@@ -66,7 +92,7 @@ def probe_shape(linear: nn.Module, shape: Sequence[int] | None = None) -> tuple[
     if kind is nn.Linear:
         return (linear.in_features,)
     if kind in _ADJOINT:
-        m = linear.weight.ndim - 2
+        m = len(linear.kernel_size)
         side = 8 if m == 3 else 16
         reach = [d * (k - 1) + 1 for d, k in zip(linear.dilation, linear.kernel_size, strict=True)]
         return (linear.in_channels, *(max(side, 2 * n) for n in reach))
@@ -75,6 +101,6 @@ def probe_shape(linear: nn.Module, shape: Sequence[int] | None = None) -> tuple[
             return tuple(shape)
         raise BadInput(f"the shape of an input of {kind.__name__} is not known from it: give GradientFlow(..., shape=(...))")
     raise Refused(
-        f"{kind.__name__} is not a linear layer with a known norm bound: use torch.nn.Linear or ConvNd, or give your linear module "
-        "a method norm_bound(shape) -> float that bounds its norm from above"
+        f"{kind.__name__} is not a linear layer with a known norm bound: use torch.nn.Linear or ConvNd, or give your linear "
+        "module a method norm_bound(shape) -> float that bounds its norm from above"
     )

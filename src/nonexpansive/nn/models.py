@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nonexpansive.errors import BadInput
-from nonexpansive.math.certificate import Certificate, Shape, chain, fold, isometry, rule, split_averaged
+from nonexpansive.errors import BadInput, Refused
+from nonexpansive.math.certificate import Certificate, Shape, chain, entries, fold, isometry, rule, split_averaged
 from nonexpansive.math.enclosure import Affine, Enclosure
-from nonexpansive.math.rounding import up
-from nonexpansive.math.tableau import tableau
+from nonexpansive.math.rounding import root, times, up
 from nonexpansive.nn.flow import GradientFlow
 from nonexpansive.nn.resize import Lifted
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
@@ -78,7 +77,7 @@ class Denoiser(nn.Module):
             raise BadInput(f"kernel must be odd, so that the flows keep the image's size; not {kernel}")
         if not 0 < alpha < 1:
             raise BadInput(f"alpha must lie strictly between 0 and 1, not {alpha}")
-        self.channels, self.alpha = channels, alpha
+        self.channels, self.alpha, self.kernel = channels, alpha, kernel
         self.levelled = activation in _LEVELLED
         each = split_averaged(alpha, blocks)
 
@@ -88,12 +87,18 @@ class Denoiser(nn.Module):
             return GradientFlow(linear, sigma, method=method, control=control, alpha=each, recompute=recompute)
 
         self.lifted = Lifted(Flows(flow() for _ in range(blocks)), features, factor)
-        self.reach = factor * (1 + blocks * tableau(method).stages * (kernel - 1))
-        """An output pixel depends on no input further than this many pixels away along an axis."""
+
+    @property
+    def reach(self) -> int:
+        """In evaluation mode an output pixel depends on no input further than this many pixels away along an axis."""
+        evaluations = sum(flow.step()[1] * flow.tableau.stages for flow in self.lifted.inner)  # type: ignore[union-attr]
+        return self.lifted.factor * (1 + evaluations * (self.kernel - 1))
 
     def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
         if noisy.ndim != 4 or noisy.shape[1] != self.channels:
             raise BadInput(f"this denoiser takes images (B, {self.channels}, H, W), not {tuple(noisy.shape)}")
+        if not isinstance(sigma, Tensor) and not sigma >= 0:
+            raise BadInput(f"the noise level sigma is a standard deviation, at least 0, not {sigma}")
         level = torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device) / REFERENCE_LEVEL
         x = noisy - 0.5
         if self.levelled:
@@ -104,18 +109,19 @@ class Denoiser(nn.Module):
 
 @rule(Denoiser)
 def _denoiser(module: Denoiser, shape: Shape, unit: float) -> Certificate:
-    inner = fold(module.lifted, shape, unit)
-    half = Enclosure(Affine(0.0, up(0.5 * up(math.prod(shape) ** 0.5))), Affine(), unit)
-    x = Enclosure.input(unit) + half
-    # μ⁻¹T(μ·) has T's slopes; its constants are those of T times the level, which is at most 1/REFERENCE_LEVEL for σ ≤ 1
-    largest = 1.0 if module.levelled else up(1 / REFERENCE_LEVEL)
-    scaled = x if module.levelled else x.rounded(x.computed, 4)
-    y = Enclosure(
-        Affine(inner.growth.slope, up(inner.growth.constant * largest)).of(scaled.norm),
-        Affine(inner.error.slope, up(inner.error.constant * largest)).of(scaled.computed) + scaled.error * inner.lipschitz,
-        unit,
-    )
-    y = (y if module.levelled else y.rounded(y.computed, 4)) + half
+    if len(shape) != 3 or shape[0] != module.channels:
+        raise Refused(f"this denoiser takes images of shape ({module.channels}, H, W), not {shape}")
+    inner, size = fold(module.lifted, shape, unit), entries(shape)
+    half = Enclosure(Affine(0.0, times(0.5, root(size))), Affine(), unit, size)
+    x = Enclosure.input(unit, size) + half
+    # μ⁻¹T(μ·) has T's slopes; its constants are those of T times the level, which is at most 1/REFERENCE_LEVEL for σ ≤ 1.
+    # The division and the multiplication by it are four roundings, in units that are up to that large.
+    largest, roundings = (1.0, 0.0) if module.levelled else (up(1 / REFERENCE_LEVEL), 4.0)
+    x = x.rounded(x.computed, roundings * largest)
+    norm = Affine(inner.growth.slope, times(inner.growth.constant, largest)).of(x.norm)
+    error = Affine(inner.error.slope, times(inner.error.constant, largest)).of(x.computed) + x.error * inner.lipschitz
+    y = Enclosure(norm, error, unit, size)
+    y = y.rounded(y.computed, roundings * largest) + half
     return replace(
         inner,
         growth=y.norm,

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput, Refused
-from nonexpansive.math.certificate import Certificate, Shape, fold, from_enclosure, relaxed, rule
+from nonexpansive.math.certificate import (
+    Certificate,
+    Shape,
+    entries,
+    fold,
+    from_enclosure,
+    relaxed,
+    require_out_of_place,
+    rule,
+)
 from nonexpansive.math.enclosure import Enclosure
-from nonexpansive.math.rounding import up
+from nonexpansive.math.rounding import plus, up
 
 
 class Lifted(nn.Module):
@@ -83,7 +93,7 @@ class Scale(nn.Module):
 def _scale(module: Scale, shape: Shape, unit: float) -> Certificate:
     c = module.factor
     averaged = up((1 - c) / 2) if -1 < c < 1 else (0.0 if c == 1 else None)
-    out = Enclosure.input(unit) * c
+    out = Enclosure.input(unit, entries(shape)) * c
     return from_enclosure(out, lipschitz=abs(c), averaged=averaged, domain=shape, codomain=shape, rule=f"Scale by {c:g}")
 
 
@@ -92,8 +102,8 @@ class Relaxed(nn.Module):
 
     def __init__(self, inner: nn.Module, t: float) -> None:
         super().__init__()
-        if not t >= 0:
-            raise BadInput(f"the relaxation t must be at least 0, not {t}")
+        if not 0 <= t < math.inf:
+            raise BadInput(f"the relaxation t must be a finite number from 0, not {t}")
         self.inner, self.t = inner, float(t)
 
     def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
@@ -105,9 +115,8 @@ class Relaxed(nn.Module):
 
 @rule(Relaxed)
 def _relaxed(module: Relaxed, shape: Shape, unit: float) -> Certificate:
-    certificate = relaxed(fold(module.inner, shape, unit), module.t, unit)
-    both = Enclosure(certificate.growth, certificate.error, unit).rounded(certificate.parts[0].growth + certificate.growth, 4)
-    return replace(certificate, error=both.error)
+    require_out_of_place(module.inner, "which Relaxed uses again")
+    return relaxed(fold(module.inner, shape, unit), module.t, unit)
 
 
 class Residual(nn.Module):
@@ -123,13 +132,14 @@ class Residual(nn.Module):
 
 @rule(Residual)
 def _residual(module: Residual, shape: Shape, unit: float) -> Certificate:
+    require_out_of_place(module.inner, "which Residual uses again")
     inner = fold(module.inner, shape, unit)
     if inner.codomain != inner.domain:
         raise Refused(f"Residual needs an inner map into its own space, not {inner.domain} → {inner.codomain}")
-    out = Enclosure.input(unit) + Enclosure(inner.growth, inner.error, unit)
+    size = entries(shape)
     return from_enclosure(
-        out,
-        lipschitz=up(1 + inner.lipschitz),
+        Enclosure.input(unit, size) + Enclosure(inner.growth, inner.error, unit, size),
+        lipschitz=plus(1.0, inner.lipschitz),
         averaged=None,
         domain=shape,
         codomain=shape,

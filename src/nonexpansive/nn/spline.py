@@ -1,9 +1,10 @@
 """Learned monotone activations: piecewise linear, one per channel, slopes in [0, 1] by parametrisation.
 
-No optimiser step can leave the constraint, so nothing has to be projected back. Both take an optional ``level`` > 0 (for
-a denoiser the noise level, as a multiple of a reference) that moves or scales the knots and leaves the slopes as they
-are: the bounds hold at every level. Linear splines as learned activations of Lipschitz-constrained networks: Ducotterd
-et al. 2024, *Improving Lipschitz-Constrained Neural Networks by Learning Activation Functions*, arXiv:2210.16222.
+No optimiser step can leave the constraint, so nothing has to be projected back. Both take an optional ``level`` > 0
+(for a denoiser the noise level, as a multiple of a reference) that moves or scales the knots and leaves the slopes as
+they are: the bounds hold at every level. Linear splines as learned activations of Lipschitz-constrained networks:
+Ducotterd et al. 2024, *Improving Lipschitz-Constrained Neural Networks by Learning Activation Functions*,
+arXiv:2210.16222.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ LEVEL_FLOOR = 1e-4
 
 def _level(level: float | Tensor | None, t: Tensor, like: Tensor) -> Tensor:
     """The level as a tensor with as many axes as t, of size B or 1 along the first and 1 along the others."""
-    if level is None:
-        level = 1.0
-    level = torch.as_tensor(level, dtype=like.dtype, device=like.device)
-    if level.numel() not in (1, t.shape[0]):
-        raise ValueError(f"one level for all samples or one each for {t.shape[0]}, not a tensor of shape {tuple(level.shape)}")
-    return level.reshape(-1, *[1] * (t.ndim - 1)).clamp_min(LEVEL_FLOOR)
+    values = torch.as_tensor(1.0 if level is None else level, dtype=like.dtype, device=like.device)
+    if values.numel() not in (1, t.shape[0]):
+        raise ValueError(
+            f"one level for all samples or one each for {t.shape[0]}, not a tensor of shape {tuple(values.shape)}"
+        )
+    return values.reshape(-1, *[1] * (t.ndim - 1)).clamp_min(LEVEL_FLOOR)
 
 
 def _axis(parameter: Tensor, t: Tensor) -> Tensor:
@@ -127,8 +128,8 @@ def _finite(module: nn.Module, bounds: Slopes) -> Slopes:
 class ClippedRamps(nn.Module):
     """σ(t) = w₀t + Σ_{k=1..K} w_k clip(t, -τ_k, τ_k), per channel (axis 1), for inputs (B, C, ...) of any further axes.
 
-    w = softmax over 0..K, so the slopes lie in [0, Σw] = [0, 1]; τ_k = exp(θ_k) level^ψ_k > 0 with ψ_k = softplus(·) ≥ 0,
-    so thresholds may grow with the level, and vanish with it. Odd, σ(0) = 0. Learned: the logits of w, θ and ψ.
+    w = softmax over 0..K, so the slopes lie in [0, Σw] = [0, 1]; τ_k = exp(θ_k) level^ψ_k > 0 with ψ_k = softplus(·)
+    ≥ 0, so thresholds may grow with the level, and vanish with it. Odd, σ(0) = 0. Learned: the logits of w, θ and ψ.
 
     ``ramps`` is K; ``threshold`` the scale of the initial τ_k, in the units of t.
     """
@@ -160,8 +161,9 @@ class ClippedRamps(nn.Module):
         return _ClipRamps.apply(t, _axis(self.weights(), t).to(t.dtype), tau.to(t.dtype))  # type: ignore[return-value]
 
     def slope_range(self) -> Slopes:
-        """Slopes in [0, 1] at every level; in evaluation mode the weights are looked at, and Refused is raised if they are not
-        numbers. Rounding: a product and a sum for each of the K + 1 terms, and that of the weights and thresholds."""
+        """Slopes in [0, 1] at every level; in evaluation mode the weights are looked at, and Refused is raised if
+        they are not numbers. Rounding: a product and a sum for each of the K + 1 terms, and that of the weights and
+        thresholds."""
         bounds = _finite(self, Slopes(0.0, 1.0, ulps=3 * len(self.logits) + 8))
         if not self.training:
             sums = self.weights().detach().double().T.tolist()
@@ -183,17 +185,17 @@ class LinearSpline(nn.Module):
         super().__init__()
         if channels < 1 or knots < 3 or knots % 2 == 0 or not range > 0:
             raise ValueError("needs channels ≥ 1, an odd number of knots ≥ 3 and a range > 0")
-        self.half = knots // 2
-        self.spacing = range / self.half
-        middle = (torch.arange(knots - 1) + 0.5 - self.half).abs() / self.half
+        self.side = knots // 2
+        self.spacing = range / self.side
+        middle = (torch.arange(knots - 1) + 0.5 - self.side).abs() / self.side
         self.logits = nn.Parameter((2 - 4 * middle)[:, None].repeat(1, channels))
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """Slopes and intercepts of the line on each interval, both (knots - 1, C). The two intervals that meet at 0 have
-        intercept 0, and each next one outward follows by continuity at their common knot."""
+        """Slopes and intercepts of the line on each interval, both (knots - 1, C). The two intervals that meet at 0
+        have intercept 0, and each next one outward follows by continuity at their common knot."""
         slope = self.logits.sigmoid()
-        knot = self.spacing * torch.arange(1, self.half, device=slope.device, dtype=slope.dtype)[:, None]
-        left, right = slope[: self.half].flip(0), slope[self.half :]
+        knot = self.spacing * torch.arange(1, self.side, device=slope.device, dtype=slope.dtype)[:, None]
+        left, right = slope[: self.side].flip(0), slope[self.side :]
         zero = torch.zeros_like(slope[:1])
         rise = torch.cat([zero, ((right[:-1] - right[1:]) * knot).cumsum(0)])
         fall = torch.cat([zero, ((left[1:] - left[:-1]) * knot).cumsum(0)])
@@ -204,26 +206,27 @@ class LinearSpline(nn.Module):
 
         Raises ValueError if t has not C channels along axis 1 or the levels are neither 1 nor B.
         """
-        offset = self.half + len(self.logits) * torch.arange(self.logits.shape[1], device=t.device, dtype=torch.int32)
+        offset = self.side + len(self.logits) * torch.arange(self.logits.shape[1], device=t.device, dtype=torch.int32)
         offset = _axis(offset[None], t)[0]
         scale = None if level is None else _level(level, t, self.logits).to(t.dtype)
         u = t if scale is None else t / scale
         with torch.no_grad():  # floor(u/Δ) and not floor((u + range)/Δ), which would lose the sign of a tiny u
-            index = (u / self.spacing).nan_to_num_(0.0).clamp_(-self.half, self.half - 0.5).floor_().int() + offset
+            index = (u / self.spacing).nan_to_num_(0.0).clamp_(-self.side, self.side - 0.5).floor_().int() + offset
             # Flattened in memory order, so that channels-last inputs are not copied and outputs keep their layout.
             order = sorted(range(t.ndim), key=lambda i: -t.stride(i))
             flat, shape = index.permute(order).reshape(-1), [t.shape[i] for i in order]
             back = [order.index(i) for i in range(t.ndim)]
         slope, intercept = (
-            table.T.reshape(-1).to(t.dtype).index_select(0, flat).reshape(shape).permute(back) for table in self.tables()
+            table.T.reshape(-1).to(t.dtype).index_select(0, flat).reshape(shape).permute(back)
+            for table in self.tables()
         )
         y = torch.addcmul(intercept, slope, u)
         return y if scale is None else y * scale
 
     def slope_range(self) -> Slopes:
-        """Slopes in [0, 1] at every level. Rounding, for n knots a side: the intercept of the n-th interval is a sum of n
-        terms of at most |t| each."""
-        return _finite(self, Slopes(0.0, 1.0, ulps=2 * self.half + 8))
+        """Slopes in [0, 1] at every level. Rounding, for n knots a side: the intercept of the n-th interval is a sum
+        of n terms of at most |t| each."""
+        return _finite(self, Slopes(0.0, 1.0, ulps=2 * self.side + 8))
 
     def extra_repr(self) -> str:
-        return f"channels={self.logits.shape[1]}, knots={2 * self.half + 1}, range={self.half * self.spacing:g}"
+        return f"channels={self.logits.shape[1]}, knots={2 * self.side + 1}, range={self.side * self.spacing:g}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nonexpansive.errors import Diverging, Refused
 from nonexpansive.math.certificate import Certificate, certify
+from nonexpansive.math.enclosure import Affine
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,16 @@ def fixed_point(
 
     ``certificate`` must prove T averaged on the shape of one sample; None runs an uncertified iteration and says so in the report.
     An averaged T cannot let ‖T(x_k) - x_k‖ increase: with a certificate each sample's residual is checked against the one before it,
-    within what float32 can resolve. ``watch(k, residual, x)`` is called after each step.
+    within what the type of x can resolve and the certificate's own error. ``watch(k, residual, x)`` is called after each step.
 
     Raises Refused for a certificate that proves too little, Diverging if the run contradicts the certificate or meets NaN.
     """
     if certificate is not None and certificate.averaged is None:
         raise Refused(f"the certificate does not prove the iteration averaged, so it may not converge:\n{certificate}")
+    if certificate is not None and certificate.domain != tuple(start.shape[1:]):
+        raise Refused(f"the certificate is for samples of shape {certificate.domain}, not {tuple(start.shape[1:])}")
     began, x, before, residuals = time.perf_counter(), start, None, []
-    noise = 64 * torch.finfo(start.dtype).eps
+    noise, error = 64 * torch.finfo(start.dtype).eps, Affine() if certificate is None else certificate.error
     for k in range(1, iterations + 1):
         ahead = iteration(x)
         moved = (ahead - x).flatten(1).norm(dim=1)
@@ -69,11 +72,13 @@ def fixed_point(
         relative = float((moved / size).max())
         if not math.isfinite(relative):
             raise Diverging(f"step {k} gave numbers that are not finite")
-        if certificate is not None and before is not None and bool((moved > before * (1 + 1e-4) + noise * size).any()):
-            raise Diverging(
-                f"step {k}: the residual grew from {float(before.max()):.4g} to {float(moved.max()):.4g}, which its certificate "
-                "excludes. This is a defect: please report it with the model and the settings."
-            )
+        if certificate is not None and before is not None:
+            slack = noise * size + 2 * (error.slope * (size + moved + before) + error.constant)
+            if bool((moved > before * (1 + 1e-4) + slack).any()):
+                raise Diverging(
+                    f"step {k}: the residual grew from {float(before.max()):.4g} to {float(moved.max()):.4g}, which its "
+                    "certificate excludes. This is a defect: please report it with the model and the settings."
+                )
         residuals.append(relative)
         x, before = ahead, moved
         if watch:

@@ -103,16 +103,19 @@ def _motion(length: float, angle: float) -> np.ndarray:
     _within("length", length, 0, MAX_KERNEL_SIDE - 3)
     along = length * ((np.arange(n := 64 * math.ceil(length + 1)) + 0.5) / n - 0.5)
     x, y = along * math.cos(math.radians(angle)), -along * math.sin(math.radians(angle))
-    reach = math.ceil(max(abs(x).max(), abs(y).max()) - 1e-9)
-    grid = np.arange(-reach, reach + 1)[:, None]
-    return np.maximum(0, 1 - abs(grid - y)) @ np.maximum(0, 1 - abs(grid - x)).T
+
+    def shares(position: np.ndarray) -> np.ndarray:
+        reach = math.ceil(abs(position).max() - 1e-9)
+        return np.maximum(0, 1 - abs(np.arange(-reach, reach + 1)[:, None] - position))
+
+    return shares(y) @ shares(x).T
 
 
 def _shake(side: float, seed: float) -> np.ndarray:
     from deepinv.physics.generator import MotionBlurGenerator
 
     if seed != int(seed) or not 0 <= seed < 2**63:
-        raise BadInput(f"the seed of a shake must be a whole number from 0, got {seed:g}")
+        raise BadInput(f"the seed of a shake kernel must be a whole number from 0, got {seed:g}")
     side = _odd("side", side)
     generator = MotionBlurGenerator((side, side), rng=torch.Generator().manual_seed(int(seed)))
     return generator.step()["filter"][0, 0].numpy()

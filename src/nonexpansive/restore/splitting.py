@@ -13,15 +13,26 @@ exists (Brouwer): ``box=True`` ends T with the projection on [0,1]ⁿ.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nonexpansive.errors import Refused
-from nonexpansive.math.certificate import Certificate, Shape, chain, fold, rule
-from nonexpansive.math.enclosure import Affine
-from nonexpansive.math.rounding import up
+from nonexpansive.errors import BadInput, Refused
+from nonexpansive.math.certificate import (
+    Certificate,
+    Shape,
+    chain,
+    entries,
+    fold,
+    from_enclosure,
+    require_out_of_place,
+    rule,
+)
+from nonexpansive.math.enclosure import Affine, Enclosure
+from nonexpansive.math.rounding import above, below, euclidean, times, up
 
 
 class DataTerm(Protocol):
@@ -63,20 +74,26 @@ class _OfData(nn.Module):
 
     def __init__(self, data: DataTerm, y: Tensor, tau: float) -> None:
         super().__init__()
-        if not tau > 0:
-            raise Refused(f"the step τ must be above 0, not {tau:g}")
+        if not 0 < tau < math.inf:
+            raise Refused(f"the step τ must be a finite number above 0, not {tau:g}")
         self.data, self.tau = data, float(tau)
         self.register_buffer("y", y, persistent=False)
 
     def extra_repr(self) -> str:
         return f"tau={self.tau:.6g}"
 
-    def require(self, shape: Shape, unit: float) -> None:
-        """The sample must be of the forward model's image shape, and rounding is not bounded for a foreign model."""
+    def proved(self, shape: Shape, unit: float, alpha: float, name: str, *assumptions: str) -> Certificate:
+        """An α-averaged map of ‖T(0)‖ ≤ τ‖A‖‖y‖, as both steps are. Refused for another shape than the forward model's, and for
+        a bound on the rounding, which is not known for a foreign model."""
         if tuple(shape) != tuple(self.data.image_shape):
             raise Refused(f"the forward model is for images of shape {tuple(self.data.image_shape)}, not {tuple(shape)}")
         if unit:
             raise Refused("the rounding of the forward model (an FFT of another library) is not bounded: ask for exact arithmetic")
+        if not bool(torch.isfinite(self.y).all()):
+            raise Refused("the data y hold NaN or infinite numbers")
+        offset = times(times(self.tau, up(self.data.lipschitz**0.5)), euclidean(self.y))
+        stated = f"{type(self.data).__name__}: A is linear with ‖A‖² ≤ {above(self.data.lipschitz)} and A_adjoint is its adjoint"
+        return Certificate(1.0, alpha, shape, shape, name, Affine(1.0, offset), assumptions=(stated, *assumptions))
 
 
 class GradientStep(_OfData):
@@ -88,17 +105,15 @@ class GradientStep(_OfData):
 
 @rule(GradientStep)
 def _gradient_step(module: GradientStep, shape: Shape, unit: float) -> Certificate:
-    module.require(shape, unit)
     smoothness = module.data.lipschitz
-    alpha = up(up(module.tau * smoothness) / 2)
-    if alpha >= 1:
+    alpha = times(module.tau, smoothness) / 2
+    if not alpha < 1:
         raise Refused(
-            f"the gradient step is not averaged: τ = {module.tau:g}, but τ < 2/L_f = {2 / smoothness:.6g} is needed. "
-            f"The nearest setting that is proved: τ ≤ {1.99 / smoothness:.4g}."
+            f"the gradient step is not averaged: τ = {module.tau:g}, but τ < 2/L_f = {below(2 / smoothness)} is needed. "
+            f"The nearest setting that is proved: τ ≤ {below(1.99 / smoothness, 4)}."
         )
-    offset = up(module.tau * up(smoothness**0.5) * float(module.y.double().norm()))
-    name = f"GradientStep of the data term: L_f ≤ {smoothness:.6g}, τ = {module.tau:.6g}"
-    return Certificate(1.0, alpha, shape, shape, name, Affine(1.0, offset))
+    name = f"GradientStep of the data term: L_f ≤ {above(smoothness)}, τ = {module.tau:.6g}"
+    return module.proved(shape, unit, alpha, name)
 
 
 class ProximalStep(_OfData):
@@ -110,10 +125,8 @@ class ProximalStep(_OfData):
 
 @rule(ProximalStep)
 def _proximal_step(module: ProximalStep, shape: Shape, unit: float) -> Certificate:
-    module.require(shape, unit)
-    offset = up(module.tau * up(module.data.lipschitz**0.5) * float(module.y.double().norm()))
     name = f"ProximalStep of the data term, τ = {module.tau:.6g}"
-    return Certificate(1.0, 0.5, shape, shape, name, Affine(1.0, offset), assumptions=("the proximal map is solved exactly",))
+    return module.proved(shape, unit, 0.5, name, "the proximal map is solved exactly")
 
 
 class Box(nn.Module):
@@ -148,6 +161,8 @@ class HalfQuadratic(Splitting):
 
 @rule(ForwardBackward, HalfQuadratic)
 def _splitting(module: Splitting, shape: Shape, unit: float) -> Certificate:
+    if not len(module):
+        raise Refused(f"{module.method}: it has no factors")
     certificate = chain(*(fold(part, shape, unit) for part in module), rule=f"{module.method} iteration")
     if certificate.averaged is None:
         raise Refused(f"{module.method}: a factor is not averaged, so convergence is not proved:\n{certificate}")
@@ -170,19 +185,36 @@ class DouglasRachford(nn.Module):
 
 @rule(DouglasRachford)
 def _douglas_rachford(module: DouglasRachford, shape: Shape, unit: float) -> Certificate:
+    require_out_of_place(module, "which Douglas-Rachford uses again")
     denoiser, proximal = fold(module.denoiser, shape, unit), fold(module.proximal, shape, unit)
-    if denoiser.averaged is None or denoiser.averaged > 0.5:
-        alpha = "unknown" if denoiser.averaged is None else f"{denoiser.averaged:.4g}"
-        remedy = "" if denoiser.averaged is None else (
-            f" Relax it: Relaxed(denoiser, t={0.5 / denoiser.averaged * (1 - 1e-9):.6g}) has α ≤ 1/2, or use forward-backward."
-        )
-        raise Refused(f"Douglas-Rachford needs a denoiser with α ≤ 1/2, so that 2D - I is non-expansive; its α is {alpha}.{remedy}")
-    growth = Affine(1.0, up(up(3 * denoiser.growth.constant) + proximal.growth.constant))
-    assumptions = tuple(dict.fromkeys(denoiser.assumptions + proximal.assumptions))
-    return Certificate(
-        1.0, 0.5, shape, shape, "Douglas-Rachford iteration: ½I + ½(reflection)(reflection)", growth,
-        assumptions=assumptions, parts=(denoiser, proximal),
-    )  # fmt: skip
+    for map, which in ((denoiser, "denoiser"), (proximal, "proximal map")):
+        if map.averaged is None or map.averaged > 0.5:
+            alpha = "unknown" if map.averaged is None else above(map.averaged)
+            remedy = "" if map.averaged is None else (
+                f" Relax it: Relaxed({which}, t={below(0.5 / map.averaged)}) has α ≤ 1/2, or use forward-backward."
+            )
+            raise Refused(
+                f"Douglas-Rachford needs a {which} with α ≤ 1/2, so that twice it less the identity is non-expansive; "
+                f"its α is {alpha}.{remedy}"
+            )
+    x = Enclosure.input(unit, entries(shape))
+    d = Enclosure(denoiser.growth, denoiser.error, unit, x.entries)
+    reflected = d * 2 + x
+    p = Enclosure(
+        proximal.growth.of(reflected.norm), proximal.error.of(reflected.computed) + reflected.error, unit, x.entries
+    )
+    # the iteration is non-expansive, which bounds its growth better than its formula
+    out = replace(x + p + d, norm=Affine(1.0, (x + p + d).norm.constant))
+    return from_enclosure(
+        out,
+        lipschitz=1.0,
+        averaged=0.5,
+        domain=shape,
+        codomain=shape,
+        rule="Douglas-Rachford iteration: ½I + ½(reflection)(reflection)",
+        assumptions=tuple(dict.fromkeys(denoiser.assumptions + proximal.assumptions)),
+        parts=(denoiser, proximal),
+    )
 
 
 def splitting(
@@ -190,7 +222,8 @@ def splitting(
 ) -> nn.Module:
     """The iteration T of a method ("forward-backward", "half-quadratic", "douglas-rachford") for data y and a denoiser at level σ.
 
-    ``box`` ends each step (of the first two) with the projection on [0, 1]ⁿ, which guarantees a fixed point.
+    ``box`` ends each step with the projection on [0, 1]ⁿ, which guarantees a fixed point (not for Douglas-Rachford, whose
+    iterates are no pictures). Raises BadInput for a method that there is not.
     """
     prior = AtLevel(denoiser, sigma)
     end = [Box()] if box else []
@@ -199,8 +232,10 @@ def splitting(
     if method == "half-quadratic":
         return HalfQuadratic(prior, ProximalStep(data, y, tau), *end)
     if method == "douglas-rachford":
+        if box:
+            raise BadInput("douglas-rachford iterates on a shadow of the picture, which may not be projected on [0, 1]: box=False")
         return DouglasRachford(prior, ProximalStep(data, y, tau))
-    raise Refused(f"no splitting {method!r}: there are forward-backward, half-quadratic and douglas-rachford")
+    raise BadInput(f"no splitting {method!r}: there are forward-backward, half-quadratic and douglas-rachford")
 
 
 __all__ = [

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import Certificate, Shape, fold, rule
+from nonexpansive.math.enclosure import Affine
+from nonexpansive.math.rounding import root, times
 from nonexpansive.nn.models import Denoiser
 
 ARRAYS = 6
@@ -27,40 +29,54 @@ def bytes_per_pixel(denoiser: Denoiser) -> float:
 class Tiled(nn.Module):
     """D evaluated tile by tile: the same map as D itself (B, C, H, W), σ → (B, C, H, W), in at most ``memory`` bytes for D's own arrays.
 
-    Pictures that fit are evaluated whole. Raises BadInput if even the smallest tile, as wide as the reach, does not fit.
+    Pictures that fit are evaluated whole. Raises BadInput if even the smallest tile, as wide as the reach, does not fit, and for
+    tiles in training mode, where D's reach is not settled.
     """
 
     def __init__(self, denoiser: Denoiser, memory: float = 1e9) -> None:
         super().__init__()
+        if not memory > 0:
+            raise BadInput(f"memory is a number of bytes above 0, not {memory}")
         self.denoiser, self.memory = denoiser, float(memory)
-        f = denoiser.lifted.factor
-        self.border = -(-denoiser.reach // f) * f
-        side = int((self.memory / bytes_per_pixel(denoiser)) ** 0.5) - 2 * self.border
-        self.side = side - side % f
-        if self.side < self.border:
-            least = bytes_per_pixel(denoiser) * (3 * self.border + f) ** 2
-            raise BadInput(f"memory of {self.memory / 1e6:.0f} MB is too little for this denoiser: give it at least {least / 1e6:.0f} MB")
+        self.layout()
 
     def whole(self, shape: Shape) -> bool:
         """Whether a picture (C, H, W) fits without tiles."""
         return shape[-2] * shape[-1] * bytes_per_pixel(self.denoiser) <= self.memory
 
+    def layout(self) -> tuple[int, int]:
+        """(side, border): each tile is a square of ``side`` pixels and what is within ``border`` of it. Both are multiples of D's
+        factor, so that tiles are unshuffled as the whole picture is."""
+        f = self.denoiser.lifted.factor
+        border = -(-self.denoiser.reach // f) * f
+        side = int(min(self.memory / bytes_per_pixel(self.denoiser), 2.0**60) ** 0.5) - 2 * border
+        side -= side % f
+        if side < border:
+            least = bytes_per_pixel(self.denoiser) * (3 * border + f) ** 2
+            raise BadInput(
+                f"memory of {self.memory / 1e6:.0f} MB is too little for this denoiser: give it at least {least / 1e6:.0f} MB"
+            )
+        return side, border
+
     def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
         if self.whole(tuple(noisy.shape)):
             return self.denoiser(noisy, sigma)
+        if self.denoiser.training:
+            raise BadInput("a picture is evaluated in tiles in evaluation mode only: call .eval()")
         out = torch.empty_like(noisy)
         height, width = noisy.shape[-2:]
-        for top in range(0, height, self.side):
-            for left in range(0, width, self.side):
-                bottom, right = min(top + self.side, height), min(left + self.side, width)
-                upper, outer = max(top - self.border, 0), max(left - self.border, 0)
-                tile = noisy[..., upper : bottom + self.border, outer : right + self.border]
+        side, border = self.layout()
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                bottom, right = min(top + side, height), min(left + side, width)
+                upper, outer = max(top - border, 0), max(left - border, 0)
+                tile = noisy[..., upper : bottom + border, outer : right + border]
                 inner = self.denoiser(tile, sigma)
                 out[..., top:bottom, left:right] = inner[..., top - upper : bottom - upper, left - outer : right - outer]
         return out
 
     def extra_repr(self) -> str:
-        return f"memory={self.memory / 1e6:.0f} MB, side={self.side}, border={self.border}"
+        return f"memory={self.memory / 1e6:.0f} MB"
 
 
 @rule(Tiled)
@@ -68,6 +84,14 @@ def _tiled(module: Tiled, shape: Shape, unit: float) -> Certificate:
     inner = fold(module.denoiser, shape, unit)
     if module.whole(shape):
         return inner
-    tiles = -(-shape[-2] // module.side) * -(-shape[-1] // module.side)
-    name = f"Tiled: {tiles} tiles of {module.side} pixels with a border of {module.border}, the same map as whole"
-    return replace(inner, rule=name, parts=(inner,))
+    side, border = module.layout()
+    rows, columns = -(-shape[-2] // side), -(-shape[-1] // side)
+    # the errors of the tiles add up as squares; a pixel is in at most ``shared`` tiles, whose own squares sum to that many ‖x‖²
+    tile = fold(module.denoiser, (shape[0], *(min(n, side + 2 * border) for n in shape[1:])), unit)
+    shared = min(rows, 2 * -(-border // side) + 1) * min(columns, 2 * -(-border // side) + 1)
+    return replace(
+        inner,
+        error=Affine(times(tile.error.slope, root(shared)), times(tile.error.constant, root(rows * columns))),
+        rule=f"Tiled: {rows * columns} tiles of {side} pixels with a border of {border}, the same map as whole",
+        parts=(inner,),
+    )

@@ -28,7 +28,7 @@ class Solution:
 
 def total_variation(x: Tensor) -> Tensor:
     """TV(x), one number a picture: (B, C, H, W) to (B,)."""
-    return _length(_gradient(x)).sum((1, 2, 3))
+    return _length(_inner_gradient(x)).sum((1, 2, 3))
 
 
 def _gradient(x: Tensor) -> Tensor:

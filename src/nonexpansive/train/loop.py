@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import csv
-import hashlib
 import io
-import json
 import math
 import os
 import signal
@@ -24,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-import safetensors
-import safetensors.torch
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from nonexpansive import sealed
+from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadCheckpoint, BadInput, NonexpansiveError
 from nonexpansive.nn.flow import project
 from nonexpansive.train.config import Run, TrainConfig, differences
@@ -37,6 +35,7 @@ from nonexpansive.train.data import key, prefetch
 from nonexpansive.train.tasks import Task
 
 FORMAT = "nonexpansive training checkpoint 1"
+WEIGHTS = "nonexpansive weights 1"
 Export = Callable[[nn.Module, Path, dict[str, Any]], None]
 
 KEPT = 2
@@ -224,8 +223,8 @@ class _State:
         if not all(value.isfinite().all() for name, value in tensors.items() if name.startswith("model/")):
             raise TrainingFailed(f"the weights are not finite at step {self.step}; {_remedy(out)}")
         # as a string: JSON has no infinity
-        state = {"format": FORMAT, "step": self.step, "best": repr(self.best), "run": self.run.to_dict()}
-        _write(out / f"checkpoint-{self.step:09d}.safetensors", tensors, state)
+        state = {"step": self.step, "best": repr(self.best), "run": self.run.to_dict()}
+        sealed.write(out / f"checkpoint-{self.step:09d}.safetensors", FORMAT, tensors, state)
         for path in _checkpoints(out)[KEPT:]:
             path.unlink()
 
@@ -237,7 +236,7 @@ class _State:
             raise BadInput(f"{out} holds the checkpoints of a run: resume it, or choose another folder")
         for path in found:
             try:
-                tensors, state = _read(path)
+                tensors, state = sealed.read(path, FORMAT)
             except BadCheckpoint as error:
                 if writes:
                     warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=3)
@@ -302,7 +301,8 @@ class _Log:
         if self.start and path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 writer.writerows(row for row in csv.DictReader(file) if row["loss"] and int(row["step"]) <= self.start)
-        write_atomically(path, text.getvalue().encode())
+        with atomic(path) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8")
         return path.open("a", newline="", encoding="utf-8")
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
@@ -348,20 +348,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all. Raises `BadInput` if it cannot be written."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _launch(config: TrainConfig, accelerator: str, devices: int | None) -> Fabric:
@@ -424,37 +410,5 @@ def _checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-*.safetensors"), reverse=True)
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """A safetensors file whose header holds `state` as JSON and a digest of everything."""
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    text = json.dumps(state)
-    content = safetensors.torch.save(plain, {"state": text, "digest": _digest(plain, text)})
-    write_atomically(path, content)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `_write`. Raises `BadCheckpoint` for a file that is truncated, changed, or not one of ours."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path}: damaged or not a checkpoint ({error})") from error
-    if header.get("digest") != _digest(tensors, header.get("state", "")):
-        raise BadCheckpoint(f"{path}: damaged, its content does not match its digest")
-    state = json.loads(header["state"])
-    if state.get("format") != FORMAT:
-        raise BadCheckpoint(f"{path}: not a {FORMAT}")
-    return tensors, state
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore  (an array is a buffer)
-    return digest.hexdigest()
-
-
 def _export(model: nn.Module, path: Path, about: dict[str, Any]) -> None:
-    _write(path, model.state_dict(), about)
+    sealed.write(path, WEIGHTS, model.state_dict(), about)

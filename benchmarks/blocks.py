@@ -1,0 +1,305 @@
+"""What a flow block costs beside the bare layers it is made of: ``python benchmarks/blocks.py [--threads N] [--quick]``.
+
+Prints markdown tables. What is compared runs in turns, and a ratio is the median over the turns, so that other load on the machine
+falls on both sides. With one thread the clock is that of the process's own CPU time, else wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nonexpansive import GradientFlow
+from nonexpansive.nn.linear import homogeneous
+from nonexpansive.nn.models import paper_classifier
+
+Program = Callable[[], object]
+
+SHAPES = [(32, 16, 32, 32), (16, 64, 32, 32), (16, 128, 16, 16)]
+CHAIN = (32, 64, 32, 32)
+BLOCKS = 10
+
+
+class BarePair(nn.Module):
+    """Aᵀσ(Ax + b) and nothing else: conv2d, ReLU, conv_transpose2d with one weight."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(F.relu(self.linear(x)), self.linear.weight, padding=1)
+
+
+def flow(channels: int, **settings: object) -> GradientFlow:
+    return GradientFlow(nn.Conv2d(channels, channels, 3, padding=1), "relu", **settings)  # type: ignore[arg-type]
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """A copy in which every flow's training step is a constant, so that the norm control costs nothing."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, GradientFlow):
+            control = module.control
+            squared = control.squared_norm(module.linear, homogeneous).detach()
+            h, n = control.training_step(squared, 1.0, module.tableau)
+            control.squared_norm = lambda *_, value=squared: value  # type: ignore[method-assign]
+            control.training_step = lambda *_, value=(h, n): value  # type: ignore[method-assign]
+    return model
+
+
+def gradients(model: nn.Module, x: Tensor, autocast: bool = False) -> Program:
+    """A forward and a backward pass, with gradients of x and of the weights."""
+    x = x.clone().requires_grad_()
+    upstream = torch.randn_like(x)
+
+    def run() -> None:
+        x.grad = None
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            y = model(x)
+        y.backward(upstream.to(y.dtype))
+
+    return run
+
+
+def inference(model: nn.Module, x: Tensor, autocast: bool = False) -> Program:
+    model = model.eval()
+
+    def run() -> Tensor:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            return model(x)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------------------- clocks
+
+
+def measure(programs: dict[str, Program], turns: int) -> dict[str, list[float]]:
+    """Seconds of each program in each turn, in an order drawn anew (what ran before leaves traces in caches and allocator)."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for program in programs.values():
+        program()
+        program()
+    order = random.Random(0)
+    for _ in range(turns):
+        for name, program in order.sample(list(programs.items()), len(programs)):
+            began = clock()
+            program()
+            times[name].append(clock() - began)
+    return times
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+
+def milliseconds(times: list[float]) -> str:
+    return f"{1e3 * statistics.median(times):.1f}"
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    lines = [head, ["---"] * len(head), *rows]
+    print(f"\n### {title}\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------- tables
+
+
+def overhead(turns: int) -> None:
+    """A block against the bare pair: x and h, and the norm control, are what it adds."""
+    rows = []
+    for shape in SHAPES:
+        torch.manual_seed(0)
+        x, channels = torch.randn(shape), shape[1]
+        bare, block = BarePair(channels), flow(channels)
+        block.linear.load_state_dict(bare.linear.state_dict())
+        names = {"bare": bare, "block": block, "frozen": frozen(block)}
+        train = measure({name: gradients(model, x) for name, model in names.items()}, turns)
+        infer = measure({name: inference(model, x) for name, model in list(names.items())[:2]}, 2 * turns)
+        rows += [
+            [str(shape), "forward + backward", milliseconds(train["bare"]), milliseconds(train["block"])]
+            + [f"{ratio(train['frozen'], train['bare']):.3f}", f"**{ratio(train['block'], train['bare']):.3f}**"],
+            [str(shape), "inference", milliseconds(infer["bare"]), milliseconds(infer["block"])]
+            + ["", f"**{ratio(infer['block'], infer['bare']):.3f}**"],
+        ]
+    table(
+        "A flow block (Euler, ReLU, 3x3) against conv2d + ReLU + conv_transpose2d",
+        ["input", "pass", "bare ms", "block ms", "ratio, step frozen", "ratio"],
+        rows,
+    )
+
+
+def _chain(kind: str, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    make = {"bare pairs": BarePair, "blocks": flow, "blocks, recompute=True": lambda c: flow(c, recompute=True)}[kind]
+    return nn.Sequential(*(make(shape[1]) for _ in range(BLOCKS))), torch.randn(shape, requires_grad=True)
+
+
+def saved_for_backward(kind: str) -> int:
+    """Bytes of distinct storages that the graph of a forward pass holds, the weights left out."""
+    model, x = _chain(kind, CHAIN)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in weights:
+            held[t.untyped_storage().data_ptr()] = t  # kept alive, so that no address comes twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    return sum(t.untyped_storage().nbytes() for t in held.values())
+
+
+def peak_of_process(kind: str) -> int:
+    """By how many bytes a training step raises the peak of resident memory; for a process of its own."""
+    torch.set_num_threads(1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    for shape in ((1, *CHAIN[1:]), CHAIN):
+        model, x = _chain(kind, shape)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model(x).sum().backward()
+    return unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def memory() -> None:
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # freed tensors go back to the system at once
+    kinds = ["bare pairs", "blocks", "blocks, recompute=True"]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = pool.map(peak_of_process, kinds, chunksize=1)
+    saved = [saved_for_backward(kind) for kind in kinds]
+    rows = [
+        [kind, f"{s / 2**20:.0f}", f"{s / saved[0]:.3f}", f"{p / 2**20:.0f}", f"**{p / peaks[0]:.3f}**"]
+        for kind, s, p in zip(kinds, saved, peaks, strict=True)
+    ]
+    table(
+        f"Memory of a training step, a chain of {BLOCKS} on {CHAIN} (one such tensor: {math.prod(CHAIN) / 2**18:.0f} MiB)",
+        ["chain", "saved for backward, MiB", "ratio", "rise of the process's peak, MiB", "ratio"],
+        rows,
+    )
+
+
+def norm_control(turns: int, batch: int) -> None:
+    rows = []
+    x, labels = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,))
+
+    def step(model: nn.Module) -> Program:
+        optimiser = torch.optim.SGD(model.parameters(), 1e-6)
+
+        def run() -> None:
+            optimiser.zero_grad()
+            F.cross_entropy(model(x), labels).backward()
+            optimiser.step()
+
+        return run
+
+    for control in ("adaptive", "maximal"):
+        torch.manual_seed(0)
+        model = paper_classifier(control=control)
+        times = measure({"on": step(model), "frozen": step(frozen(model))}, turns)
+        share = ratio(times["on"], times["frozen"]) - 1
+        rows.append([control, milliseconds(times["frozen"]), milliseconds(times["on"]), f"**{100 * share:.1f} %**"])
+    table(
+        f"Norm control in a training step of the paper's CIFAR-10 network, batch {batch}",
+        ["control", "step frozen, ms", "step ms", "norm control adds"],
+        rows,
+    )
+
+
+def modes(turns: int) -> None:
+    """The ways to run the same chain, each checked against eager float32."""
+    torch.manual_seed(0)
+    shape = SHAPES[1]
+    model, x = nn.Sequential(*(flow(shape[1]) for _ in range(4))), torch.randn(shape)
+    wide = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x_last = x.to(memory_format=torch.channels_last)
+    ways: dict[str, tuple[nn.Module, Tensor, bool]] = {
+        "eager float32": (model, x, False),
+        "channels-last": (wide, x_last, False),
+        "bfloat16 autocast": (model, x, True),
+        "bfloat16 autocast, channels-last": (wide, x_last, True),
+        "torch.compile": (torch.compile(copy.deepcopy(model)), x, False),  # type: ignore[dict-item]
+        "torch.compile, channels-last": (torch.compile(copy.deepcopy(wide)), x_last, False),  # type: ignore[dict-item]
+        "torch.compile, bfloat16 autocast, channels-last": (torch.compile(copy.deepcopy(wide)), x_last, True),  # type: ignore[dict-item]
+    }
+    train = measure({name: gradients(*way) for name, way in ways.items()}, turns)
+    programs = {name: inference(*way) for name, way in ways.items()}
+    infer = measure(programs, turns)
+    outputs = {name: program() for name, program in programs.items()}
+    reference = outputs["eager float32"]
+    assert isinstance(reference, Tensor)
+    rows = []
+    for name, (_, _, autocast) in ways.items():
+        error = float((outputs[name].float() - reference).norm() / reference.norm())  # type: ignore[union-attr]
+        assert error < (2e-2 if autocast else 1e-5), f"{name} is off by {error:g}"
+        rows.append([name, milliseconds(train[name]), f"**{ratio(train[name], train['eager float32']):.2f}**"])
+        rows[-1] += [milliseconds(infer[name]), f"**{ratio(infer[name], infer['eager float32']):.2f}**", f"{error:.0e}"]
+    table(
+        f"Ways to run a chain of 4 blocks on {shape}",
+        ["way", "forward + backward, ms", "ratio", "inference, ms", "ratio", "relative deviation of the output"],
+        rows,
+    )
+
+
+def growth(turns: int) -> None:
+    def chain(depth: int, batch: int, side: int) -> Program:
+        model = nn.Sequential(*(flow(64) for _ in range(depth)))
+        return gradients(model, torch.randn(batch, 64, side, side))
+
+    rows = []
+    for what, sizes in {
+        "depth": [(2, 4, 32), (4, 4, 32), (8, 4, 32)],
+        "pixels": [(2, 4, 32), (2, 4, 45), (2, 4, 64)],
+        "batch": [(2, 4, 32), (2, 8, 32), (2, 16, 32)],
+    }.items():
+        times = measure({str(i): chain(*size) for i, size in enumerate(sizes)}, turns)
+        actual = [math.log(d * b * s * s) for d, b, s in sizes]
+        seconds = [math.log(statistics.median(t)) for t in times.values()]
+        exponent = statistics.linear_regression(actual, seconds).slope
+        rows.append([what, *(milliseconds(t) for t in times.values()), f"**{exponent:.2f}**"])
+    table(
+        "Growth of a training step: 2 blocks of 64 channels on 4 pictures of 32x32, then more of one",
+        ["of", "1x, ms", "2x, ms", "4x, ms", "exponent"],
+        rows,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="fewer turns: a minute in all, ratios within a few percent")
+    parser.add_argument("--only", choices=["overhead", "memory", "control", "modes", "growth"], help="one table alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    quick = arguments.quick
+    tables: dict[str, Callable[[], None]] = {
+        "overhead": lambda: overhead(7 if quick else 25),
+        "memory": memory,
+        "control": lambda: norm_control(5 if quick else 15, 128),
+        "modes": lambda: modes(3 if quick else 11),
+        "growth": lambda: growth(3 if quick else 11),
+    }
+    print(f"torch {torch.__version__}, {arguments.threads} thread(s)")
+    for name, show in tables.items():
+        if arguments.only in (None, name):
+            show()
+
+
+if __name__ == "__main__":
+    main()

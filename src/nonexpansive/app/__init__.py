@@ -1,0 +1,1 @@
+"""The faces: they parse, call, print and show. No mathematics here."""
