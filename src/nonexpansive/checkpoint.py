@@ -7,24 +7,23 @@ claims more than its weights prove are each refused. No pickle is ever read.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from nonexpansive import sealed
 from nonexpansive.errors import BadCheckpoint, BadInput, Refused
 from nonexpansive.math.certificate import certify
 from nonexpansive.nn.models import build
 
-FORMAT = "nonexpansive-1"
+FORMAT = "nonexpansive model 1"
 _SHIPPED = resources.files("nonexpansive") / "weights"
 DEFAULTS = {"denoise": "denoiser-colour", "denoise-grey": "denoiser-grey"}
 """The shipped model that each task takes unless told otherwise."""
@@ -32,34 +31,34 @@ DEFAULTS = {"denoise": "denoiser-colour", "denoise-grey": "denoiser-grey"}
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself: how to build the model, and for information how it was trained and what it proved."""
+    """What a checkpoint says of itself: how to build the model, and for information how it was trained and what it proved.
+
+    Raises ValueError where a field is not of its kind.
+    """
 
     architecture: str
     config: dict[str, Any]
     training: dict[str, Any]
     claimed: dict[str, float | None]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.architecture, str) or not isinstance(self.config, dict) or not isinstance(self.training, dict):
+            raise ValueError("a name of the architecture, a config and an account of the training are expected")
+        if not isinstance(self.claimed, dict) or set(self.claimed) != {"lipschitz", "averaged"}:
+            raise ValueError("claims of 'lipschitz' and 'averaged' are expected")
+        for key, value in self.claimed.items():
+            if value is not None and not (type(value) in (int, float) and 0 <= value < 1e300):
+                raise ValueError(f"the claim {key} is {value!r}, not a number")
+
 
 def save(path: str | os.PathLike[str], model: nn.Module, architecture: str, config: dict[str, Any], training: dict[str, Any]) -> None:
-    """Write a model whole or not at all: to a temporary file beside ``path``, which then takes its place.
+    """Write a model, whole or not at all. Raises BadInput if the file cannot be written, Refused if the model has no certificate.
 
     ``model`` must be what ``build(architecture, **config)`` makes; its certificate on a 3 or 1x32x32 sample is recorded as claimed.
     """
-    path = Path(path)
-    model = model.eval()
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    model = copy.deepcopy(model).eval()  # the model that is being trained stays in training mode
     header = Header(architecture, config, training, _claim(model, config))
-    text = json.dumps(vars(header), sort_keys=True, allow_nan=False)
-    data = to_bytes(tensors, {"format": FORMAT, "header": text, "sha256": _digest(text, tensors)})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    sealed.write(Path(path), FORMAT, model.state_dict(), vars(header))
 
 
 def _claim(model: nn.Module, config: dict[str, Any]) -> dict[str, float | None]:
@@ -67,35 +66,13 @@ def _claim(model: nn.Module, config: dict[str, Any]) -> dict[str, float | None]:
     return {"lipschitz": certificate.lipschitz, "averaged": certificate.averaged}
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"{name}:{t.dtype}:{tuple(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
-    """The header and the tensors of a checkpoint, its digest verified. Raises BadCheckpoint or BadInput."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file")
+    """The header and the tensors of a checkpoint, its digest verified. Raises BadInput or BadCheckpoint."""
+    tensors, fields = sealed.read(Path(path), FORMAT)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path}: not a whole safetensors file ({error}); fetch or train it again") from error
-    if set(metadata) != {"format", "header", "sha256"} or metadata["format"] != FORMAT:
-        raise BadCheckpoint(f"{path}: a safetensors file, but not a model saved by nonexpansive ({FORMAT})")
-    if _digest(metadata["header"], tensors) != metadata["sha256"]:
-        raise BadCheckpoint(f"{path}: the content does not match its digest: the file was changed or damaged")
-    try:
-        header = Header(**json.loads(metadata["header"]))
+        return Header(**fields), tensors
     except (TypeError, ValueError) as error:
         raise BadCheckpoint(f"{path}: the header is not one of a model ({error})") from error
-    return header, tensors
 
 
 def load(name_or_path: str | os.PathLike[str]) -> nn.Module:
@@ -108,18 +85,18 @@ def load(name_or_path: str | os.PathLike[str]) -> nn.Module:
     header, tensors = read(path)
     try:
         model = build(header.architecture, **header.config)
-        model.load_state_dict(tensors)
-    except (BadInput, Refused, RuntimeError, TypeError) as error:
-        raise BadCheckpoint(f"{path}: the weights do not fit the architecture {header.architecture!r} ({error})") from error
-    try:
+        (dtype,) = {t.dtype for t in tensors.values() if t.is_floating_point()}
+        model.to(dtype).load_state_dict(tensors)
         proved = _claim(model.eval(), header.config)
     except Refused as refusal:
         raise BadCheckpoint(f"{path}: no certificate can be given for these weights ({refusal})") from refusal
+    except Exception as error:  # whatever the constructors make of a config that is not theirs
+        raise BadCheckpoint(f"{path}: the weights do not fit the architecture {header.architecture!r} ({error})") from error
     for key, value in header.claimed.items():
-        bound = proved.get(key)
+        bound = proved[key]
         if value is not None and (bound is None or bound > value * (1 + 1e-9)):
             raise BadCheckpoint(f"{path}: the file claims {key} {value}, but its weights prove only {bound}")
-    return model
+    return model.to(memory_format=torch.channels_last)  # the faster layout for convolutions on a CPU
 
 
 def path_of(name_or_path: str | os.PathLike[str]) -> Path:
@@ -129,7 +106,8 @@ def path_of(name_or_path: str | os.PathLike[str]) -> Path:
         return Path(str(_SHIPPED / f"{text}.safetensors"))
     if os.sep in text or text.endswith(".safetensors"):
         return Path(text)
-    raise BadInput(f"no shipped model is called {text!r} (there are {', '.join(models())}), and it is not a .safetensors file")
+    shipped = ", ".join(models()) or "none in this installation"
+    raise BadInput(f"no shipped model is called {text!r} (there are: {shipped}), and it is not a .safetensors file")
 
 
 def models() -> list[str]:

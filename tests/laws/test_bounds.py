@@ -72,7 +72,7 @@ def fill(weight: Tensor, kind: str, generator: torch.Generator) -> None:
 
 
 def random_case(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]] | None:
-    """Any dimension, padding mode and size, stride, groups, dilation, odd and even kernels also larger than the image."""
+    """Any dimension, padding mode and size, stride, groups, dilation, odd and even kernels, also beyond the image."""
     d = draw.choice((1, 1, 2, 2, 2, 3))
     groups = draw.choice((1, 1, 1, 2, 3))
     inputs, outputs = groups * draw.choice((1, 1, 2, 3)), groups * draw.choice((1, 1, 2, 3))
@@ -310,6 +310,7 @@ def test_parametrized_layers() -> None:
         (parametrizations.orthogonal(nn.Linear(6, 4)), (6,)),
         (parametrizations.spectral_norm(nn.Linear(6, 4)).eval(), (6,)),
     ):
+        layer = layer.double()  # else the reference would compute another weight
         assert norm(dense(layer, shape)) <= norm_bound(layer, shape) * SVD_SLACK
 
 
@@ -317,6 +318,17 @@ def test_float16_and_bfloat16_weights() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         layer = nn.Conv1d(2, 2, 3).to(dtype)
         assert norm(dense(layer, (2, 9))) <= norm_bound(layer, (2, 9)) * SVD_SLACK
+
+
+def test_without_and_with_gradients_alike() -> None:
+    layer, shape = nn.Conv2d(8, 8, 3, padding=1), (8, 10, 10)  # beyond what is read off eigenvalues
+    with torch.inference_mode():
+        inside = norm_bound(layer, shape)
+        made_inside = nn.Conv2d(8, 8, 3, padding=1)
+        assert norm_bound(made_inside, shape) > 0
+    with torch.no_grad():
+        assert norm_bound(layer, shape) == inside
+    assert norm_bound(layer, shape) == inside and layer.weight.grad is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -403,11 +415,11 @@ def test_gradient_ascent_finds_no_violation() -> None:
         n = math.prod(shape)
         identity = torch.eye(n, dtype=torch.float64).view(n, *shape)
         optimizer = torch.optim.Adam([layer.weight], lr=0.05)
-        for _ in range(15):
+        for _ in range(10):
             bound = min(by_symbol(layer, shape), norm_bound(layer))
             matrix = (layer(identity) - layer(torch.zeros_like(identity[:1]))).flatten(1)
             true = torch.linalg.matrix_norm(matrix, 2)
-            assert float(true) <= bound * SVD_SLACK
+            assert float(true.detach()) <= bound * SVD_SLACK
             # the bound's own gradient, nearly: the norm of the kernel as a whole, over all frequencies
             spectrum = torch.fft.fftn(
                 layer.weight, s=[16] * (layer.weight.ndim - 2), dim=tuple(range(2, layer.weight.ndim))

@@ -44,7 +44,9 @@ def test_gradient_ascent_finds_no_expansion(name, sigma):
 
 @pytest.mark.parametrize("name", denoisers)
 def test_it_denoises(name):
-    images = pytest.importorskip("nonexpansive.app.images", reason="reading a picture needs the extra nonexpansive[app]")
+    images = pytest.importorskip(
+        "nonexpansive.app.images", reason="reading a picture needs the extra nonexpansive[app]"
+    )
     photo = resources.files("nonexpansive") / "photographs" / "astronaut.png"
     model = nonexpansive.load(name)
     assert isinstance(model, Denoiser)

@@ -105,7 +105,11 @@ def test_radius_of_any_method_is_a_proven_lower_bound(s: int, seed: int) -> None
 def convex_field(seed: int, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(m, n, dtype=torch.float64, generator=generator)
-    return a, torch.randn(m, dtype=torch.float64, generator=generator), 1 / float(torch.linalg.matrix_norm(a, 2)) ** 2
+    return (
+        a,
+        torch.randn(m, dtype=torch.float64, generator=generator),
+        (1 - 1e-14) / float(torch.linalg.matrix_norm(a, 2)) ** 2,
+    )
 
 
 @pytest.mark.parametrize("method", USABLE, ids=by_name)
@@ -129,7 +133,11 @@ def test_a_step_is_averaged(method: ButcherTableau, n: int, m: int, seed: int, a
         tx, ty = step(field, x, h, method), step(field, y, h, method)
         before, after = (x - y).square().sum(1), (tx - ty).square().sum(1)
         moved = (x - y - tx + ty).square().sum(1)
-        assert (after <= (before - (1 - wanted) / wanted * moved) + 1e-12 * before).all()
+        # what the float64 program itself loses: a nearby pair has few digits left in Tx - Ty
+        size = x.norm(dim=1) + y.norm(dim=1)
+        lost = 1e-14 * (size + h / nu * (size + nu**0.5 * b.norm()))
+        slack = 1e-12 * before + (before.sqrt() + lost) * lost / wanted
+        assert (after <= before - (1 - wanted) / wanted * moved + slack).all()
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "ssp33", "ssp(3,2)", "ssp43", "ralston2"])

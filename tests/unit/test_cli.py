@@ -80,7 +80,9 @@ def test_a_tiled_run_gives_the_picture_of_a_whole_one(monkeypatch, tmp_path, mod
     write_image(wide, torch.rand(3, 60, 400))
     common = ["denoise", wide, "--noise", "10%", "--model", model]
     assert run(monkeypatch, *common, "-o", tmp_path / "whole.png", "--json", tmp_path / "whole.json") == 0
-    assert run(monkeypatch, *common, "-o", tmp_path / "tiled.png", "--json", tmp_path / "tiled.json", "--memory", 1) == 0
+    assert (
+        run(monkeypatch, *common, "-o", tmp_path / "tiled.png", "--json", tmp_path / "tiled.json", "--memory", 1) == 0
+    )
     assert json.loads((tmp_path / "tiled.json").read_text())["tiled"]
     assert not json.loads((tmp_path / "whole.json").read_text())["tiled"]
     difference = read_image(tmp_path / "whole.png").tensor - read_image(tmp_path / "tiled.png").tensor

@@ -96,10 +96,10 @@ def test_photograph_smaller_than_a_patch(folder: Path) -> None:
 def test_batch_is_a_pure_function_of_seed_step_and_row() -> None:
     whole = task().batch(7, range(8))
     task().batch(3, range(2))
-    for parts in zip(whole, task().batch(7, range(0, 4)), task().batch(7, range(4, 8))):
+    for parts in zip(whole, task().batch(7, range(4)), task().batch(7, range(4, 8)), strict=True):
         assert torch.equal(parts[0], torch.cat(parts[1:]))
     for other in (task().batch(8, range(8)), task(seed=1).batch(7, range(8))):
-        assert not any(torch.equal(a, b) for a, b in zip(whole, other))
+        assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
 
 
 def test_batch_adds_unclipped_noise_of_the_stated_level() -> None:

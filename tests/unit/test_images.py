@@ -5,9 +5,12 @@ import json
 import math
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -16,7 +19,8 @@ import torch
 from PIL import Image, ImageCms
 
 from nonexpansive.app.images import read_image, write_image
-from nonexpansive.app.output import atomic, check_writable, write_json
+from nonexpansive.app.output import check_writable, write_json
+from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 
 random = np.random.default_rng(0)
@@ -42,15 +46,23 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def tiff(values: np.ndarray, *, order: str = "<", photometric: int | None = None, following: int = 0, turn: int = 1) -> bytes:
+def tiff(
+    values: np.ndarray,
+    *,
+    order: Literal["<", ">"] = "<",
+    photometric: int | None = None,
+    following: int = 0,
+    turn: int = 1,
+) -> bytes:
     """An uncompressed TIFF, its tags before its data."""
     height, width, samples = values.shape
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     tags = [
         (256, "I", [width]), (257, "I", [height]), (258, "H", [8 * values.itemsize] * samples), (259, "H", [1]),
-        (262, "H", [(1 if samples < 3 else 2) if photometric is None else photometric]), (273, "I", [0]), (274, "H", [turn]),
-        (277, "H", [samples]), (278, "I", [height]), (279, "I", [len(data)]), (284, "H", [1]), (339, "H", [kind] * samples),
+        (262, "H", [(1 if samples < 3 else 2) if photometric is None else photometric]), (273, "I", [0]),
+        (274, "H", [turn]), (277, "H", [samples]), (278, "I", [height]), (279, "I", [len(data)]), (284, "H", [1]),
+        (339, "H", [kind] * samples),
     ]  # fmt: skip
     tail_at = 8 + 2 + 12 * len(tags) + 4
     tails = [b"" if len(v) * struct.calcsize(t) <= 4 else struct.pack(f"{order}{len(v)}{t}", *v) for _, t, v in tags]
@@ -64,7 +76,7 @@ def tiff(values: np.ndarray, *, order: str = "<", photometric: int | None = None
     return head + struct.pack(f"{order}I", following) + b"".join(tails) + data
 
 
-def saved(image: Image.Image, form: str, **options: object) -> bytes:
+def saved(image: Image.Image, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=form, **options)
     return buffer.getvalue()
@@ -79,7 +91,9 @@ def read(tmp_path: Path, data: bytes, name: str = "photo") -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
-@pytest.mark.parametrize("values", [COLOUR16, COLOUR8, COLOUR16[..., :1], COLOUR8[..., :1]], ids=["c16", "c8", "g16", "g8"])
+@pytest.mark.parametrize(
+    "values", [COLOUR16, COLOUR8, COLOUR16[..., :1], COLOUR8[..., :1]], ids=["c16", "c8", "g16", "g8"]
+)
 def test_every_depth_is_read_in_full(tmp_path: Path, suffix: str, values: np.ndarray) -> None:
     scale = np.iinfo(values.dtype).max
     path = tmp_path / "photo"
@@ -121,7 +135,7 @@ def test_values_are_clamped_and_rounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_tiffs_of_any_byte_order_and_type(tmp_path: Path, order: str) -> None:
+def test_tiffs_of_any_byte_order_and_type(tmp_path: Path, order: Literal["<", ">"]) -> None:
     np.testing.assert_allclose(read(tmp_path, tiff(COLOUR16, order=order)) * 65535, COLOUR16, atol=0.01)
     for kind in (np.float32, np.float64):
         values = random.random((4, 6, 3)).astype(kind)
@@ -150,8 +164,12 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
 
 def test_palettes_bilevel_and_shallow_grey(tmp_path: Path) -> None:
     palette = Image.fromarray(COLOUR8).quantize(16)
-    np.testing.assert_allclose(read(tmp_path, saved(palette, "PNG")) * 255, np.asarray(palette.convert("RGB")), atol=1e-3)
-    np.testing.assert_allclose(read(tmp_path, saved(palette, "TIFF")) * 255, np.asarray(palette.convert("RGB")), atol=1e-3)
+    np.testing.assert_allclose(
+        read(tmp_path, saved(palette, "PNG")) * 255, np.asarray(palette.convert("RGB")), atol=1e-3
+    )
+    np.testing.assert_allclose(
+        read(tmp_path, saved(palette, "TIFF")) * 255, np.asarray(palette.convert("RGB")), atol=1e-3
+    )
     assert set(read(tmp_path, saved(Image.new("1", (3, 3), 1), "PNG")).flatten()) == {1.0}
     np.testing.assert_allclose(read(tmp_path, png(4, 1, 2, 0, b"\0\x1b")).flatten(), np.arange(4) / 3, atol=1e-6)
 
@@ -177,8 +195,8 @@ def test_grey_with_alpha(tmp_path: Path) -> None:
     assert read(tmp_path, png(2, 1, 8, 4, b"\0\x01\xff\x02\xff")).shape == (1, 2, 1)
     with pytest.raises(BadInput, match="flatten"):
         read(tmp_path, png(2, 1, 8, 4, b"\0\x01\xff\x02\xfe"))
-    with pytest.raises(BadInput, match="flatten"):  # a colour that stands for transparency
-        key = chunk(b"tRNS", struct.pack(">3H", 1, 2, 3))
+    key = chunk(b"tRNS", struct.pack(">3H", 1, 2, 3))  # a colour that stands for transparency
+    with pytest.raises(BadInput, match="flatten"):
         read(tmp_path, png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 1, 2, 3), extra=key))
 
 
@@ -249,7 +267,8 @@ def test_the_limit_is_the_callers(tmp_path: Path) -> None:
 
 
 def test_every_prefix_of_a_file_is_refused(tmp_path: Path) -> None:
-    for data in (encoded(".png", COLOUR16), encoded(".tiff", COLOUR8), tiff(COLOUR16), saved(Image.fromarray(COLOUR8), "JPEG")):
+    jpeg = saved(Image.fromarray(COLOUR8), "JPEG")
+    for data in (encoded(".png", COLOUR16), encoded(".tiff", COLOUR8), tiff(COLOUR16), jpeg):
         for end in range(0, len(data) - 12, 7):  # what follows is padding, or an end mark that decoders forgive
             with pytest.raises(BadInput):
                 read(tmp_path, data[:end])
@@ -296,13 +315,24 @@ def test_atomic_replaces_or_leaves(tmp_path: Path) -> None:
         assert not path.exists() and temporary.parent == tmp_path and temporary.suffix == ".txt"
     assert path.stat().st_mode & 0o777 == 0o666 & ~(mask := os.umask(0)) and os.umask(mask) == 0
     path.chmod(0o640)
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    with pytest.raises(ZeroDivisionError), atomic(path) as temporary:
+        temporary.write_text(f"half{1 / 0}")
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
     with atomic(path) as temporary:
         temporary.write_text("second")
     assert path.read_text() == "second" and path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    code = (
+        "import os, sys; from nonexpansive.atomic import atomic\n"
+        "with atomic(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, path]).returncode == -9
+    assert path.read_text() == "old"
 
 
 def test_atomic_follows_a_link(tmp_path: Path) -> None:
@@ -354,7 +384,8 @@ def test_json_is_strict(tmp_path: Path) -> None:
         psnr: float
         path: Path
 
-    value = {"a": [1, 2.5, None, True, "é"], "b": Part(math.inf, Path("x")), "c": (math.nan, torch.ones(2), np.float64(-math.inf))}
+    arrays = (math.nan, torch.ones(2), np.float64(-math.inf))
+    value = {"a": [1, 2.5, None, True, "é"], "b": Part(math.inf, Path("x")), "c": arrays}
     write_json(tmp_path / "a.json", value)
     back = json.loads((tmp_path / "a.json").read_text("utf-8"), parse_constant=pytest.fail)
     assert back == {

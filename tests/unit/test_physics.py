@@ -15,7 +15,16 @@ from nonexpansive.restore.physics import Blurring, Boundary, blur, degrade, imag
 
 pytest.importorskip("deepinv")
 
-SPECS = ["gaussian:1.6", "gaussian:0.05", "disk:3.5", "disk:0.2", "box:9", "motion:15,30", "motion:0,0", "shake:27,seed=3"]
+SPECS = [
+    "gaussian:1.6",
+    "gaussian:0.05",
+    "disk:3.5",
+    "disk:0.2",
+    "box:9",
+    "motion:15,30",
+    "motion:0,0",
+    "shake:27,seed=3",
+]
 SHAPES = [(3, 3), (4, 4), (2, 5), (9, 8), (1, 1), (5, 2)]
 
 
@@ -51,12 +60,12 @@ def test_kernels_have_their_size() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "gaussian", "gaussian:", "gaussian:x", "gaussian:-1", "gaussian:nan", "gaussian:1,2", "gaussian:1e9", "disk:0", "box:4",
-     "box:2.5", "box:99999", "motion:15", "motion:-1,0", "motion:5,inf", "shake:9", "shake:9,seed=x", "shake:9,seed=-1",
-     "shake:8,seed=1", "nonsense:1", "missing.npy", "file.txt"],
+    ["", "gaussian", "gaussian:", "gaussian:x", "gaussian:-1", "gaussian:nan", "gaussian:1,2", "gaussian:1e9", "disk:0",
+     "box:4", "box:2.5", "box:99999", "motion:15", "motion:-1,0", "motion:5,inf", "shake:9", "shake:9,seed=x",
+     "shake:9,seed=-1", "shake:8,seed=1", "nonsense:1", "missing.npy", "file.txt"],
 )  # fmt: skip
 def test_bad_specs_are_refused(spec: str) -> None:
-    with pytest.raises(BadInput, match="(?s)kernel"):
+    with pytest.raises(BadInput, match="kernel"):
         kernel(spec)
 
 
@@ -170,7 +179,8 @@ def test_prox_solves_its_equation(tau: float) -> None:
     blurring = random_blur((4, 5), "circular")
     z, y = torch.randn(2, 2, *blurring.image_shape, dtype=torch.float64)
     x = blurring.prox(z, y, tau)
-    torch.testing.assert_close(blurring.A_adjoint(blurring.A(x) - y) + (x - z) / tau, torch.zeros_like(x), atol=1e-11, rtol=0)
+    slope = blurring.A_adjoint(blurring.A(x) - y) + (x - z) / tau
+    torch.testing.assert_close(slope, torch.zeros_like(x), atol=1e-11, rtol=0)
     with pytest.raises(ValueError, match="positive"):
         blurring.prox(z, y, 0)
     with pytest.raises(Refused, match="circular"):
@@ -202,7 +212,7 @@ def test_noise_levels(text: str, level: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "10", "-1%", "nan", "inf", "1/0", "1%/255", "1/2/3", "200%"])
 def test_bad_noise_levels_are_refused(text: str) -> None:
-    with pytest.raises(BadInput, match="2.55/255"):
+    with pytest.raises(BadInput, match=r"2\.55/255"):
         noise_level(text)
 
 

@@ -208,7 +208,7 @@ def test_damaged_checkpoints(uninterrupted: Path, tmp_path: Path) -> None:
         assert (out / "checkpoint-000000123.damaged").exists()
     for path in checkpoints(out):
         path.write_bytes(b"rubbish")
-    with pytest.warns(UserWarning), pytest.raises(BadCheckpoint, match="no checkpoint is readable"):
+    with pytest.warns(UserWarning, match="going back"), pytest.raises(BadCheckpoint, match="no checkpoint is readable"):
         train(out)
 
 

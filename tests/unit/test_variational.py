@@ -11,10 +11,10 @@ from nonexpansive.restore.physics import Boundary, blur, degrade, kernel
 from nonexpansive.restore.variational import total_variation, tune, tv_deblur, tv_denoise
 
 
-def picture(channels: int = 3, size: tuple[int, int] = (16, 14), batch: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+def picture(channels: int = 3, batch: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     """Flat patches."""
     coarse = torch.rand(batch, channels, 3, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    return torch.nn.functional.interpolate(coarse, size, mode="nearest")
+    return torch.nn.functional.interpolate(coarse, (16, 14), mode="nearest")
 
 
 def noisy(x: Tensor, level: float) -> Tensor:
@@ -73,7 +73,8 @@ def test_denoising_known_answers() -> None:
     y = torch.rand(1, 1, 6, 7).double()
     torch.testing.assert_close(tv_denoise(y, 100.0, 1e-9, 5000).image, y.mean().expand_as(y))
     torch.testing.assert_close(tv_denoise(y, 1e-9).image, y, atol=1e-6, rtol=0)
-    step = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(1, 1, 1, 4).double()  # 1-d: the jump shrinks by the weight on either side
+    step = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(1, 1, 1, 4).double()
+    # each side has two pixels, so it moves by half the weight
     expected = torch.tensor([0.05, 0.05, 0.95, 0.95]).view(1, 1, 1, 4).double()
     torch.testing.assert_close(tv_denoise(step, 0.1, 1e-9, 5000).image, expected)
 

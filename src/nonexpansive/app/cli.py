@@ -50,11 +50,18 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 Photo = Annotated[Path, typer.Argument(help="A photograph: PNG, JPEG or TIFF, grey or colour, 8 or 16 bit.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the restored picture goes: .png, .jpg or .tiff.")]
 Model = Annotated[
-    str | None, typer.Option(help="A shipped model (see `nonexpansive models`) or a .safetensors file. [default: by channels]")
+    str | None,
+    typer.Option(help="A shipped model (see `nonexpansive models`) or a .safetensors file. [default: by channels]"),
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result, with the certificate, as JSON.")]
-Figure = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a figure (.png or .pdf): pictures side by side.")]
-Memory = Annotated[float, typer.Option(metavar="MB", help="Bound on the denoiser's own arrays; larger pictures go in tiles.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result, with the certificate, as JSON.")
+]
+Figure = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a figure (.png or .pdf): pictures side by side.")
+]
+Memory = Annotated[
+    float, typer.Option(metavar="MB", help="Bound on the denoiser's own arrays; larger pictures go in tiles.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise that is added.")]
 
 
@@ -66,17 +73,26 @@ def _noise(text: str) -> float:
 def deblur(
     photo: Photo,
     blur_kernel: Annotated[str, typer.Option("--kernel", "-k", metavar="K", help="The blur:\n\n\b\n" + KERNEL_FORMS)],
-    noise: Annotated[str, typer.Option("--noise", "-s", metavar="S", help="Standard deviation of the noise: 1%, 0.01 or 2.55/255.")],
+    noise: Annotated[
+        str, typer.Option("--noise", "-s", metavar="S", help="Standard deviation of the noise: 1%, 0.01 or 2.55/255.")
+    ],
     output: Output,
     degraded: Annotated[
-        bool, typer.Option("--degrade/--restore", help="Blur and disturb a clean PHOTO first and measure; or restore a blurred one.")
+        bool,
+        typer.Option(
+            "--degrade/--restore", help="Blur and disturb a clean PHOTO first and measure; or restore a blurred one."
+        ),
     ] = False,
     boundary: Annotated[
         str | None,
-        typer.Option(help="circular: the picture continues periodically; valid: its surroundings are unknown. [default: circular with --degrade, else valid]"),
+        typer.Option(
+            help="circular: the picture continues periodically; valid: its surroundings are unknown. [default: circular with --degrade, else valid]"
+        ),
     ] = None,
     model: Model = None,
-    method: Annotated[str | None, typer.Option(help="half-quadratic or forward-backward. [default: by boundary]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="half-quadratic or forward-backward. [default: by boundary]")
+    ] = None,
     level: Annotated[str | None, typer.Option(help="The denoiser's noise level, in place of the rule's.")] = None,
     tau: Annotated[float | None, typer.Option(help="The data step τ, in place of the rule's.")] = None,
     tolerance: Annotated[float, typer.Option(min=1e-6, help="Stop when the relative residual is at most this.")] = 1e-3,
@@ -88,8 +104,8 @@ def deblur(
 ) -> None:
     """Deblur a photograph by an iteration whose convergence is proved before it runs.
 
-    Prints the certificate, iterates with the residual in view, and writes the picture. With --degrade the PHOTO is a clean one, which
-    is blurred and disturbed first, so that PSNR and SSIM can be measured.
+    Prints the certificate, iterates with the residual in view, and writes the picture. With --degrade the PHOTO is a clean
+    one, which is blurred and disturbed first, so that PSNR and SSIM can be measured.
     """
     began = time.perf_counter()
     _check_outputs(photo, output, figure, json_file)
@@ -140,8 +156,10 @@ def deblur(
         **report.to_json(),
     }
     ending = "converged" if report.converged else "stopped, not yet converged,"
-    out.print(f"{ending} after {report.iterations} steps at a relative residual of {report.residuals[-1]:.2e}, {report.seconds:.1f} s")
-    write_image(output, restored[0], bits=picture.bits)
+    out.print(
+        f"{ending} after {report.iterations} steps at a relative residual of {report.residuals[-1]:.2e}, {report.seconds:.1f} s"
+    )
+    write_image(output, restored[0], bits=picture.bits, icc=picture.icc)
     if clean is not None:
         shown = blurring.crop(clean), y, blurring.crop(restored)
         result["quality"] = _compare({"blurred": (shown[1], shown[0]), "restored": (shown[2], shown[0])})
@@ -158,9 +176,13 @@ def deblur(
 @app.command(epilog=CODES)
 def denoise(
     photo: Photo,
-    noise: Annotated[str, typer.Option("--noise", "-s", metavar="S", help="Standard deviation of the noise: 10%, 0.1 or 25/255.")],
+    noise: Annotated[
+        str, typer.Option("--noise", "-s", metavar="S", help="Standard deviation of the noise: 10%, 0.1 or 25/255.")
+    ],
     output: Output,
-    degraded: Annotated[bool, typer.Option("--degrade/--restore", help="Add the noise to a clean PHOTO first; or denoise a noisy one.")] = False,
+    degraded: Annotated[
+        bool, typer.Option("--degrade/--restore", help="Add the noise to a clean PHOTO first; or denoise a noisy one.")
+    ] = False,
     model: Model = None,
     seed: Seed = 0,
     memory: Memory = 1000.0,
@@ -181,7 +203,7 @@ def denoise(
     y = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)) if degraded else clean
     with torch.no_grad(), err.status("denoising"):
         restored = tiled(y, sigma).clamp(0, 1)
-    write_image(output, restored[0], bits=picture.bits)
+    write_image(output, restored[0], bits=picture.bits, icc=picture.icc)
     result: dict[str, Any] = {
         "command": "denoise",
         "photo": str(photo),
@@ -195,7 +217,9 @@ def denoise(
     if figure is not None:
         from nonexpansive.app.figures import restoration
 
-        restoration(figure, clean=clean if degraded else None, degraded=y, restored=restored, quality=result.get("quality"))
+        restoration(
+            figure, clean=clean if degraded else None, degraded=y, restored=restored, quality=result.get("quality")
+        )
     _finish(result, output, figure, json_file, began)
 
 
@@ -203,7 +227,9 @@ def denoise(
 def certify_model(
     model: Annotated[str, typer.Argument(help="A shipped model or a .safetensors file.")],
     size: Annotated[str, typer.Option(help="Height x width of the input.")] = "512x512",
-    float32: Annotated[bool, typer.Option("--float32", help="Certify the float32 program as well, rounding included.")] = False,
+    float32: Annotated[
+        bool, typer.Option("--float32", help="Certify the float32 program as well, rounding included.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Print what is proved about a model, as a tree of rules."""
@@ -221,7 +247,6 @@ def certify_model(
     out.print(str(certificate), markup=False)
     if json_file is not None:
         write_json(json_file, certificate.to_json())
-
 
 
 @app.command(epilog=CODES)
@@ -246,16 +271,25 @@ def models(json_file: Json = None) -> None:
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped one, such as denoiser-colour.")],
     data: Annotated[Path, typer.Option(metavar="DIR", help="The data folder that the config's paths are relative to.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Weights, checkpoints and logs go here; a run resumes from here.")],
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as train.steps=100.")] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Weights, checkpoints and logs go here; a run resumes from here."
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as train.steps=100.")
+    ] = None,
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    devices: Annotated[int | None, typer.Option(min=1, help="Processes to start, one a device. [default: 1, or torchrun's]")] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start, one a device. [default: 1, or torchrun's]")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each process.")] = None,
     json_file: Json = None,
 ) -> None:
     """Train a model; killed at any moment, the same command resumes to the same result. Runs under torchrun as it is."""
-    from nonexpansive.train import Run, build_task, fit
     from nonexpansive.experiments import shipped
+    from nonexpansive.train import Run, build_task, fit
 
     if json_file is not None:
         check_writable(json_file, suffixes=(".json",))
@@ -294,7 +328,9 @@ def _denoiser(name: str | None, picture: Photograph) -> Denoiser:
     if not isinstance(module, Denoiser):
         raise BadInput(f"{name} is a {type(module).__name__}, not a denoiser")
     if module.channels != channels:
-        raise BadInput(f"{name} takes {module.channels} channel(s), but {picture.path} has {channels}: choose another --model")
+        raise BadInput(
+            f"{name} takes {module.channels} channel(s), but {picture.path} has {channels}: choose another --model"
+        )
     return module
 
 
@@ -320,7 +356,9 @@ def _compare(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, flo
     quality = {}
     for name, (picture, truth) in pairs.items():
         psnr = float(peak_signal_noise_ratio(picture, truth, data_range=1.0))
-        ssim = structural_similarity_index_measure(picture, truth, data_range=1.0) if min(truth.shape[-2:]) >= 11 else None
+        ssim = (
+            structural_similarity_index_measure(picture, truth, data_range=1.0) if min(truth.shape[-2:]) >= 11 else None
+        )
         assert ssim is None or isinstance(ssim, Tensor)
         quality[name] = {"psnr": psnr} | ({} if ssim is None else {"ssim": float(ssim)})
         out.print(f"{name:>9}: PSNR {psnr:.2f} dB" + ("" if ssim is None else f", SSIM {float(ssim):.4f}"))
@@ -329,7 +367,12 @@ def _compare(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, flo
 
 @contextmanager
 def _progress(total: int, what: str) -> Iterator[Callable[[int, str], None]]:
-    columns = (BarColumn(), TextColumn("{task.completed} steps"), TimeElapsedColumn(), TextColumn(what + " {task.fields[value]}"))
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed} steps"),
+        TimeElapsedColumn(),
+        TextColumn(what + " {task.fields[value]}"),
+    )
     with Progress(*columns, console=err, transient=not err.is_terminal) as bar:
         task = bar.add_task(what, total=total, value="")
         yield lambda k, value: bar.update(task, completed=k, value=value)

@@ -1,7 +1,7 @@
 """Photographs in and out: PNG, JPEG and TIFF, grey or colour, 8 or 16 bits a channel.
 
 Pillow reads the headers and all 8-bit files. It would cut 16-bit colour to 8 bits, so OpenCV decodes what is deeper.
-Values are taken as stored, between 0 (black) and 1 (white): no gamma, no colour conversion; the colour profile is kept beside.
+Values are taken as stored, between 0 (black) and 1 (white): no gamma, no colour conversion; the profile is kept beside.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from torch import Tensor
 
-from nonexpansive.app.output import IMAGE_SUFFIXES, atomic
+from nonexpansive.app.output import IMAGE_SUFFIXES
+from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 
 MAX_PIXELS = 200_000_000
@@ -29,8 +30,8 @@ MAX_PIXELS = 200_000_000
 
 @dataclass(frozen=True, eq=False)
 class Photograph:
-    """``tensor`` float32 (C, H, W) in [0, 1], C = 1 (grey) or 3 (red, green, blue), upright; ``bits`` a channel, 8 or 16;
-    ``icc``: the file's colour profile, if it has one, to be handed to ``write_image``."""
+    """``tensor`` float32 (C, H, W) in [0, 1], C = 1 (grey) or 3 (red, green, blue), upright; ``bits`` a channel, 8 or
+    16; ``icc``: the file's colour profile, if it has one, to be handed to ``write_image``."""
 
     tensor: Tensor
     bits: int
@@ -41,11 +42,12 @@ class Photograph:
 def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Photograph:
     """Reads a PNG, JPEG or TIFF file; the content decides, not the name. Its EXIF orientation is applied.
 
-    Integer files of up to 8 or of 16 bits, and floating-point TIFFs within [0, 1] (``bits`` is then 16). An alpha channel that is
-    opaque everywhere is dropped; any transparency is refused, as what lies behind it is not in the file.
+    Integer files of up to 8 or of 16 bits, and floating-point TIFFs within [0, 1] (``bits`` is then 16). An alpha
+    channel that is opaque everywhere is dropped; transparency is refused, as what lies behind it is not in the file.
 
-    Raises ``BadInput``, which names the remedy, for anything else: no such file, empty, damaged or cut short, another format, more than
-    ``max_pixels`` (judged by the header, before decoding), several pages or frames, other numbers of channels, CMYK, NaN.
+    Raises ``BadInput``, which names the remedy, for anything else: no such file, empty, damaged or cut short, another
+    format, more than ``max_pixels`` (judged by the header, before decoding), several pages or frames, other numbers of
+    channels, CMYK, NaN.
     """
     path = Path(path)
     data = _contents(path)
@@ -61,7 +63,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     except MemoryError as error:
         raise BadInput(f"{str(path)!r} does not fit into memory: reduce or crop it") from error
     except Exception as error:  # decoders raise what they please on a bad file
-        raise BadInput(f"{str(path)!r} is damaged, cut short or of an unsupported kind ({error}): save it anew") from error
+        raise BadInput(f"{str(path)!r} is damaged, cut short or unsupported ({error}): save it anew") from error
     scale = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(values.dtype, 1)
     planes = np.moveaxis(values[..., None] if values.ndim == 2 else values, -1, 0)
     tensor = torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32)).div_(scale)
@@ -69,8 +71,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
 
 
 def write_image(path: str | os.PathLike[str], tensor: Tensor, bits: int = 8, icc: bytes | None = None) -> None:
-    """Writes a picture (C, H, W), C = 1 or 3, clamped to [0, 1] and rounded to ``bits``, whole or not at all; PNG, JPEG (8 bits, quality
-    95, full colour resolution) or TIFF by the name's ending. A TIFF does not carry the colour profile ``icc``.
+    """Writes a picture (C, H, W), C = 1 or 3, clamped to [0, 1] and rounded to ``bits``, whole or not at all; PNG, JPEG
+    (8 bits, quality 95, full colour resolution) or TIFF by the name's ending. A TIFF carries no profile ``icc``.
 
     Raises ``BadInput`` for other endings or shapes, NaN or infinity, 16 bits in a JPEG, a full disk.
     """
@@ -88,16 +90,17 @@ def write_image(path: str | os.PathLike[str], tensor: Tensor, bits: int = 8, icc
     values = np.ascontiguousarray(values[..., ::-1], dtype=np.uint8 if bits == 8 else np.uint16)
     space = b"GRAY" if tensor.shape[0] == 1 else b"RGB "
     profile = [np.frombuffer(icc, np.uint8)] if icc and icc[16:20] == space and suffix not in (".tif", ".tiff") else []
-    jpeg = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    settings = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    settings = settings if suffix in (".jpg", ".jpeg") else []
     try:
         written, code = cv2.imencodeWithMetadata(
-            suffix, values, [cv2.IMAGE_METADATA_ICCP] * len(profile), profile, jpeg if suffix in (".jpg", ".jpeg") else []
+            suffix, values, [cv2.IMAGE_METADATA_ICCP] * len(profile), profile, settings
         )
     except cv2.error as error:
         raise BadInput(f"{str(path)!r} cannot be encoded: {error}") from error
     if not written:
         raise BadInput(f"{str(path)!r}: a picture of shape {tuple(tensor.shape)} cannot be encoded as {suffix}")
-    with atomic(path) as temporary:
+    with atomic(Path(path)) as temporary:
         temporary.write_bytes(code.tobytes())
 
 
@@ -126,8 +129,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadInput(f"the picture is empty ({width} x {height})")
     if width * height > max_pixels:
         raise BadInput(
-            f"{width} x {height} is {width * height / 1e6:.0f} million pixels, above the limit of {max_pixels / 1e6:g} million: "
-            "reduce or crop it, or raise the limit"
+            f"{width} x {height} is {width * height / 1e6:.0f} million pixels, above the limit of {max_pixels / 1e6:g} "
+            "million: reduce or crop it, or raise the limit"
         )
 
 
@@ -166,7 +169,7 @@ def _tiff(data: bytes, max_pixels: int) -> _Decoded:
     if max(bits) <= 8 and kinds == {1}:
         return _shallow(TiffImagePlugin.TiffImageFile(io.BytesIO(data)))
     if len(bits) > 1 or (*bits, *kinds) not in ((16, 1), (32, 3), (64, 3)):
-        raise BadInput("the TIFF's values are neither 8 or 16-bit whole numbers nor 32 or 64-bit floats: convert it to 16 bits")
+        raise BadInput("the TIFF's values are neither 8 nor 16-bit whole numbers nor floats: convert it to 16 bits")
     if photometric != (1 if samples == 1 else 2):
         raise BadInput("a TIFF deeper than 8 bits must be grey, black at zero, or red, green, blue: convert it")
     if tags.get(284, 1) != 1 and samples > 1:
@@ -203,11 +206,11 @@ _MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", 
 def _shallow(image: Image.Image) -> _Decoded:
     """At most 8 bits a channel."""
     if image.mode not in _MODES:
-        raise BadInput(_CMYK if image.mode == "CMYK" else f"its colours are of mode {image.mode}: convert it to grey or RGB")
+        raise BadInput(_CMYK if image.mode == "CMYK" else f"its colours are of mode {image.mode}: convert it to RGB")
     icc = image.info.get("icc_profile")
     mode = _MODES[image.mode]
     image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data and image.convert("RGBA").getextrema()[3] != (255, 255):
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         raise BadInput(_TRANSPARENT)
     return np.asarray(image.convert(mode)), 8, icc
 
@@ -217,9 +220,9 @@ def _deep(data: bytes, grey: bool) -> np.ndarray:
     code = np.frombuffer(data, np.uint8)
     with _quiet():
         raw = cv2.imdecode(code, cv2.IMREAD_UNCHANGED)
-        if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
-            if raw[..., 3].min() < (65535 if raw.dtype == np.uint16 else 1):
-                raise BadInput(_TRANSPARENT)
+        opaque = 65535 if raw is not None and raw.dtype == np.uint16 else 1
+        if raw is not None and raw.ndim == 3 and raw.shape[2] == 4 and raw[..., 3].min() < opaque:
+            raise BadInput(_TRANSPARENT)
         values = cv2.imdecode(code, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)  # drops alpha, turns upright
     if values is None:
         raise BadInput("the file is damaged or cut short")

@@ -15,11 +15,13 @@ from nonexpansive.errors import BadInput
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
+
 def check_writable(
     path: str | Path, inputs: Iterable[str | Path] = (), suffixes: Collection[str] = IMAGE_SUFFIXES
 ) -> None:
-    """Raises ``BadInput``, before any work, if ``path`` cannot be written later: its directory is missing or not writable, it is
-    a directory or a device, its suffix is not one of ``suffixes``, or it is one of the ``inputs`` (also through a link).
+    """Raises ``BadInput``, before any work, if ``path`` cannot be written later: its directory is missing or not
+    writable, it is a directory or a device, its suffix is not one of ``suffixes``, or it is one of the ``inputs`` (also
+    through a link).
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
@@ -35,7 +37,7 @@ def check_writable(
         raise BadInput(f"output {str(path)!r} exists and is write-protected: give another name")
     for other in map(Path, inputs):
         if target == Path(os.path.realpath(other)) or (target.exists() and other.exists() and target.samefile(other)):
-            raise BadInput(f"output {str(path)!r} is the input {str(other)!r}, which is never overwritten: give another name")
+            raise BadInput(f"output {str(path)!r} is the input, which is never overwritten: give another name")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -62,6 +64,6 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "tolist"):  # numpy and torch
+    if hasattr(value, "tolist") and not isinstance(value, type):  # numpy and torch
         return _plain(value.tolist())
     raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -272,7 +272,8 @@ class _Convolution:
         """Scaled so that the largest entry lies in [1/2, 1): exact, a power of two."""
         exponent = math.frexp(float(weight.abs().max()))[1] if weight.numel() else 0
         half = -exponent // 2  # in two steps, for 2^1074 is no float64
-        return cls(weight * 2.0**half * 2.0 ** (-exponent - half), exponent, axes, transposed, linear)
+        with torch.inference_mode(False):  # Lanczos differentiates
+            return cls(weight * 2.0**half * 2.0 ** (-exponent - half), exponent, axes, transposed, linear)
 
     def unscaled(self, bound: float) -> float:
         """The bound on the layer's own scale, rounded up."""

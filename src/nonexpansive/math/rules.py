@@ -21,7 +21,7 @@ from nonexpansive.math.activation import REGISTERED, Slopes, slopes
 from nonexpansive.math.bounds import absolute_norm_bound, norm_bound, terms
 from nonexpansive.math.certificate import Certificate, Shape, chain, entries, fold, from_enclosure, isometry, rule
 from nonexpansive.math.enclosure import Affine, Enclosure
-from nonexpansive.math.rounding import above, below, euclidean, root, times, up
+from nonexpansive.math.rounding import above, below, euclidean, plus, root, times, up
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -96,7 +96,7 @@ def averagedness_of_slopes(slope: Slopes) -> float | None:
     """A function with slopes in [low, 1] is (1 - low)/2-averaged: (σ - (1-α)I)/α then has slopes in [-1, 1]."""
     if slope.high > 1 or slope.low <= -1:
         return None
-    return up((1 - slope.low) / 2) if slope.low < 1 else 0.0
+    return plus(1.0, -slope.low) / 2
 
 
 @rule(*REGISTERED)

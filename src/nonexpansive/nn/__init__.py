@@ -2,6 +2,7 @@
 
 from nonexpansive.nn.control import AdaptiveSteps, MaximalStep, NormControl, Rescale
 from nonexpansive.nn.flow import GradientFlow, project
+from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.resize import Lifted, Relaxed, Residual, Scale
 from nonexpansive.nn.sort import GroupSort, MaxMin
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
@@ -19,6 +20,7 @@ __all__ = [
     "Relaxed",
     "Rescale",
     "Residual",
+    "Resolvent",
     "Scale",
     "project",
 ]

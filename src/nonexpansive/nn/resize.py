@@ -20,7 +20,7 @@ from nonexpansive.math.certificate import (
     rule,
 )
 from nonexpansive.math.enclosure import Enclosure
-from nonexpansive.math.rounding import plus, up
+from nonexpansive.math.rounding import plus
 
 
 class Lifted(nn.Module):
@@ -92,7 +92,7 @@ class Scale(nn.Module):
 @rule(Scale)
 def _scale(module: Scale, shape: Shape, unit: float) -> Certificate:
     c = module.factor
-    averaged = up((1 - c) / 2) if -1 < c < 1 else (0.0 if c == 1 else None)
+    averaged = plus(1.0, -c) / 2 if -1 < c <= 1 else None
     out = Enclosure.input(unit, entries(shape)) * c
     return from_enclosure(out, lipschitz=abs(c), averaged=averaged, domain=shape, codomain=shape, rule=f"Scale by {c:g}")
 

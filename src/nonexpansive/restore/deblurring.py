@@ -49,11 +49,20 @@ class Plan:
     blurring: Blurring
 
     def run(
-        self, *, tolerance: float = 1e-3, iterations: int = 200, watch: Callable[[int, float, Tensor], None] | None = None
+        self,
+        *,
+        tolerance: float = 1e-3,
+        iterations: int = 200,
+        watch: Callable[[int, float, Tensor], None] | None = None,
     ) -> Report:
         """Iterate to the fixed point; see :func:`nonexpansive.restore.iterate.fixed_point`."""
         return fixed_point(
-            self.iteration, self.start, certificate=self.certificate, tolerance=tolerance, iterations=iterations, watch=watch
+            self.iteration,
+            self.start,
+            certificate=self.certificate,
+            tolerance=tolerance,
+            iterations=iterations,
+            watch=watch,
         )
 
 
@@ -75,7 +84,9 @@ def plan(
     so that a fixed point exists. Raises Refused where convergence is not proved, with the nearest setting that would be.
     """
     if y.shape[1] != denoiser.channels:
-        raise BadInput(f"the picture has {y.shape[1]} channel(s), the denoiser takes {denoiser.channels}: choose the other model")
+        raise BadInput(
+            f"the picture has {y.shape[1]} channel(s), the denoiser takes {denoiser.channels}: choose the other model"
+        )
     method = method or ("half-quadratic" if blurring.boundary == "circular" else "forward-backward")
     if method not in STRENGTH:
         raise BadInput(f"no method {method!r}: there are {', '.join(STRENGTH)}")

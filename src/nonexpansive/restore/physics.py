@@ -1,7 +1,7 @@
-"""How a photograph was spoilt: blur kernels, the blurring map A, and noise. The convolutions and the noise are deepinv's.
+"""How a photograph was spoilt: blur kernels, the blurring map A, and noise. Convolutions and noise are deepinv's.
 
-A picture is a tensor (B, C, H, W) with values in [0, 1]; a kernel k is (h, w), non-negative, of sum 1, and is *convolved*,
-so that the blurred image of a single bright point is k itself, its centre k[h//2, w//2] upon the point.
+A picture is a tensor (B, C, H, W) with values in [0, 1]; a kernel k is (h, w), non-negative, of sum 1, and is
+*convolved*, so that the blurred image of a single bright point is k itself, its centre k[h//2, w//2] upon the point.
 deepinv is imported where it is used, so that the package works without it.
 """
 
@@ -27,7 +27,7 @@ KERNEL_FORMS = """\
   gaussian:STD             a Gaussian of standard deviation STD pixels, e.g. gaussian:1.6
   disk:RADIUS              a disk (out of focus) of RADIUS pixels, e.g. disk:3.5
   box:SIDE                 a uniform square, SIDE pixels (odd), e.g. box:9
-  motion:LENGTH,ANGLE      a straight motion of LENGTH pixels, ANGLE degrees anticlockwise from the right, e.g. motion:15,30
+  motion:LENGTH,ANGLE      a straight motion of LENGTH pixels, at ANGLE degrees anticlockwise, e.g. motion:15,30
   shake:SIDE,seed=SEED     a random camera shake within SIDE pixels (odd), e.g. shake:27,seed=3
   FILE                     .npy or .csv (a matrix of numbers), .png or .tiff (grey)"""
 
@@ -38,9 +38,10 @@ KERNEL_FORMS = """\
 def kernel(spec: str) -> Tensor:
     """The blur kernel that ``spec`` describes: float32 (h, w), non-negative, normalised to sum 1 in float64.
 
-    ``spec`` is one of ``gaussian:STD``, ``disk:RADIUS``, ``box:SIDE``, ``motion:LENGTH,ANGLE``, ``shake:SIDE,seed=SEED``, or
-    the name of a file: ``.npy``, ``.csv``, ``.png``, ``.tiff``. Raises ``BadInput``, with the accepted forms, for anything
-    else, and for kernels that are negative, not finite, all zero, not two-dimensional or above 1001 pixels a side.
+    ``spec`` is one of ``gaussian:STD``, ``disk:RADIUS``, ``box:SIDE``, ``motion:LENGTH,ANGLE``,
+    ``shake:SIDE,seed=SEED``, or the name of a file: ``.npy``, ``.csv``, ``.png``, ``.tiff``. Raises ``BadInput``, with
+    the accepted forms, for anything else, and for kernels that are negative, not finite, all zero, not two-dimensional
+    or above 1001 pixels a side.
     """
     name, colon, text = spec.partition(":")
     if colon and name in _SHAPES:
@@ -74,7 +75,7 @@ def _within(what: str, value: float, low: float, high: float) -> float:
 def _odd(what: str, value: float) -> int:
     side = int(_within(what, value, 1, MAX_KERNEL_SIDE))
     if side != value or side % 2 == 0:
-        raise BadInput(f"a kernel's {what} must be an odd whole number, so that the picture is not shifted; got {value:g}")
+        raise BadInput(f"a kernel's {what} must be odd and whole, so that the picture is not shifted; got {value:g}")
     return side
 
 
@@ -190,9 +191,9 @@ def _normalised(values: np.ndarray, spec: str) -> Tensor:
 class Blurring:
     """The linear map A: x ↦ k ∗ x, each channel alike, from pictures (B, C, H, W) to data. Made by ``blur``.
 
-    ``boundary`` "circular": the picture continues periodically, data and picture have one size. "valid": only the data whose
-    kernel lies wholly within the picture are kept, (H - h + 1, W - w + 1): the true model of a photograph, whose unseen
-    surroundings are part of the unknown. ``norm`` ≥ ‖A‖ in exact arithmetic (see ``blur``).
+    ``boundary`` "circular": the picture continues periodically, data and picture have one size. "valid": only the data
+    whose kernel lies wholly within the picture are kept, (H - h + 1, W - w + 1): the true model of a photograph, whose
+    unseen surroundings are part of the unknown. ``norm`` ≥ ‖A‖ in exact arithmetic (see ``blur``).
     """
 
     physics: Any  # deepinv.physics.BlurFFT; "valid" is its crop, exactly, at a third of the cost of deepinv's own
@@ -257,7 +258,7 @@ class Blurring:
 
 
 def blur(kernel: Tensor, shape: tuple[int, int, int], boundary: Boundary = "circular") -> Blurring:
-    """The blurring by ``kernel`` (h, w) of pictures of ``shape`` (C, H, W), computing in the kernel's dtype, on its device.
+    """The blurring by ``kernel`` (h, w) of pictures of ``shape`` (C, H, W), in the kernel's dtype and on its device.
 
     Its ``norm`` is ‖k‖₁ rounded up, by Young's inequality ‖k ∗ x‖ ≤ ‖k‖₁‖x‖; for a non-negative kernel this is max|k̂|
     itself, taken at frequency zero. The symbol that is stored in the working precision counts too, where it is larger.
@@ -276,9 +277,10 @@ def blur(kernel: Tensor, shape: tuple[int, int, int], boundary: Boundary = "circ
     h, w = kernel.shape
     if h > height or w > width:
         raise BadInput(
-            f"the kernel ({h} x {w}) is larger than the picture ({height} x {width}): take a smaller kernel or a larger picture"
+            f"the kernel ({h} x {w}) is larger than the picture ({height} x {width}): "
+            "take a smaller kernel or a larger picture"
         )
-    physics = BlurFFT(img_size=shape, filter=kernel[None, None], device=kernel.device)
+    physics: Any = BlurFFT(img_size=shape, filter=kernel[None, None], device=kernel.device)
     stored = (physics.mask.double()[..., 0] * physics.angle.to(torch.complex128).abs()).max().item()
     norm = up(max(math.fsum(kernel.double().flatten().tolist()), up(stored)))
     data_shape = shape if boundary == "circular" else (channels, height - h + 1, width - w + 1)

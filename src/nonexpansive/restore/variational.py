@@ -19,7 +19,7 @@ from nonexpansive.restore.physics import Blurring
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """``image`` (B, C, H, W); the most ``iterations`` and the worst ``accuracy`` of the batch, as its maker defines it."""
+    """``image`` (B, C, H, W); the most ``iterations`` and the worst ``accuracy`` of the batch, defined by its maker."""
 
     image: Tensor
     iterations: int
@@ -79,9 +79,9 @@ def tv_denoise(y: Tensor, weight: float, tolerance: float = 5e-4, iterations: in
     2009), restarted where the momentum points uphill (O'Donoghue & Candès 2015).
 
     Stops when √(2·gap/n) ≤ ``tolerance``, n the number of a picture's entries: by strong convexity this bounds the
-    root-mean-square distance to the exact minimiser, up to rounding (about 1e-5 in float32), and is ``Solution.accuracy``.
-    For noise of standard deviation s the best weights on natural photographs are 0.7 s at s = 5/255 to 1.3 s at 50/255 in
-    colour, 0.4 s to 0.9 s in grey (see ``tune``).
+    root-mean-square distance to the exact minimiser, up to rounding (about 1e-5 in float32), and is
+    ``Solution.accuracy``. For noise of standard deviation s the best weights on natural photographs are 0.7 s at
+    s = 5/255 to 1.3 s at 50/255 in colour, 0.4 s to 0.9 s in grey (see ``tune``).
     Raises ``ValueError`` for a weight that is not positive or a wrong shape.
     """
     _check(y, weight)
@@ -116,12 +116,12 @@ RELAXATION = 1.7
 
 
 def tv_deblur(y: Tensor, blurring: Blurring, weight: float, tolerance: float = 2e-4, iterations: int = 500) -> Solution:
-    """argmin_x ½‖Ax - y‖² + weight·TV(x) for data y (B, *data_shape), by over-relaxed ADMM (Boyd et al. 2011), its linear
-    step solved exactly by FFT. For a "valid" blur, A = (crop)∘C with C circular, and u = Cx is split off as well, so that
-    the unseen surroundings are unknowns too (Almeida & Figueiredo, IEEE TIP 2013).
+    """argmin_x ½‖Ax - y‖² + weight·TV(x) for data y (B, *data_shape), by over-relaxed ADMM (Boyd et al. 2011), its
+    linear step solved exactly by FFT. For a "valid" blur, A = (crop)∘C with C circular, and u = Cx is split off as
+    well, so that the unseen surroundings are unknowns too (Almeida & Figueiredo, IEEE TIP 2013).
 
     Stops when the residuals of the constraints and the picture's last change are all at most ``tolerance``, root mean
-    square; ``Solution.accuracy`` is the largest: a residual, not a distance to the minimiser (seen up to ten times as far).
+    square; ``Solution.accuracy`` is the largest: a residual, not a distance to the minimiser (seen ten times as far).
     Raises ``ValueError`` for a weight that is not positive or a wrong shape.
     """
     _check(y, weight)
@@ -134,7 +134,7 @@ def _deblur(y: Tensor, blurring: Blurring, weight: float, tolerance: float, iter
     k = blurring.symbol()
     inverse = 1 / (beta * k.abs() ** 2 + rho * _squared_symbol(size).to(y))
     x = blurring.start(y)
-    u, a = blurring.physics.A(x) if valid else x, torch.zeros_like(x)  # circular: u is y and stays, which is the data term
+    u, a = (blurring.physics.A(x) if valid else x), torch.zeros_like(x)
     v, b = _gradient(x), x.new_zeros((2, *x.shape))
     accuracy, done = math.inf, 0
     while done < iterations and accuracy > tolerance:
@@ -164,7 +164,7 @@ def _deblur(y: Tensor, blurring: Blurring, weight: float, tolerance: float, iter
 
 
 def _shrink(v: Tensor, threshold: float) -> None:
-    """Moves each pixel's vector by ``threshold`` towards zero, in place; differences across the border stay as they are."""
+    """Moves each pixel's vector by ``threshold`` towards zero, in place; differences across the border stay."""
     edges = _crossing(v)
     kept = [edge.clone() for edge in edges]
     for edge in edges:
@@ -193,15 +193,16 @@ def tune(
     high: float,
     precision: float = 0.03,
 ) -> tuple[float, float]:
-    """The weight in [low, high] at which ``solve(noisy, weight)`` has the highest PSNR, and that PSNR: the mean over the
-    pictures of all pairs (clean, noisy), peak 1, in dB. Golden section on log(weight), to a relative ``precision``: one
-    maximum is assumed. Raises ``ValueError`` unless 0 < low < high and there is a pair.
+    """The weight in [low, high] at which ``solve(noisy, weight)`` has the highest PSNR, and that PSNR: the mean over
+    the pictures of all pairs (clean, noisy), peak 1, in dB. Golden section on log(weight), to a relative ``precision``:
+    one maximum is assumed. Raises ``ValueError`` unless 0 < low < high and there is a pair.
     """
     if not 0 < low < high or not pairs:
-        raise ValueError(f"a range 0 < low < high and at least one pair are needed, got [{low}, {high}], {len(pairs)} pairs")
+        raise ValueError(f"a range 0 < low < high and a pair are needed, got [{low}, {high}], {len(pairs)} pairs")
 
     def quality(log: float) -> float:
-        return sum(_psnr(solve(noisy, math.exp(log)), clean) for clean, noisy in pairs) / sum(len(clean) for clean, _ in pairs)
+        total = sum(_psnr(solve(noisy, math.exp(log)), clean) for clean, noisy in pairs)
+        return total / sum(len(clean) for clean, _ in pairs)
 
     ratio = (math.sqrt(5) - 1) / 2
     a, b = math.log(low), math.log(high)
@@ -228,7 +229,9 @@ def _psnr(x: Tensor, clean: Tensor) -> float:
 
 def _join(solutions: list[Solution]) -> Solution:
     return Solution(
-        torch.cat([s.image for s in solutions]), max(s.iterations for s in solutions), max(s.accuracy for s in solutions)
+        torch.cat([s.image for s in solutions]),
+        max(s.iterations for s in solutions),
+        max(s.accuracy for s in solutions),
     )
 
 

@@ -112,7 +112,7 @@ class Patches:
 
     def __init__(self, photos: Sequence[Tensor], patch: int) -> None:
         names = getattr(photos, "names", range(len(photos)))
-        for name, photo in zip(names, photos):
+        for name, photo in zip(names, photos, strict=True):
             if min(photo.shape[-2:]) < patch:
                 height, width = photo.shape[-2:]
                 raise BadInput(f"photograph {name} is {height}x{width}, smaller than a patch of {patch}x{patch}")
@@ -122,7 +122,7 @@ class Patches:
         """One patch, uint8 (C, patch, patch): a view of its photograph, drawn with five uniform numbers."""
         which, top, left, turn, flip = torch.rand(5, generator=random, dtype=torch.float64).tolist()
         photo, size = self.photos[int(which * len(self.photos))], self.patch
-        row, column = (int(u * (n - size + 1)) for u, n in zip((top, left), photo.shape[-2:]))
+        row, column = (int(u * (n - size + 1)) for u, n in zip((top, left), photo.shape[-2:], strict=True))
         patch = photo[:, row : row + size, column : column + size]
         patch = torch.rot90(patch, int(4 * turn), (1, 2))
         return patch.transpose(1, 2) if flip < 0.5 else patch

@@ -186,7 +186,7 @@ class _State:
         self.step += 1
         if self.run.train.ema:
             decay = min(self.run.train.ema, (1 + self.step) / (10 + self.step))
-            for average, weight in zip(self.averaged.parameters(), self.model.parameters()):
+            for average, weight in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
                 average.lerp_(weight, 1 - decay)
 
     def refresh(self) -> None:
