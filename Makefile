@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PHOTO = src/nonexpansive/photographs/astronaut.png
 OUT = demo-output
+DOCUMENTED = nonexpansive nonexpansive.checkpoint nonexpansive.math nonexpansive.nn nonexpansive.nn.models \
+	nonexpansive.restore nonexpansive.restore.physics nonexpansive.restore.variational nonexpansive.train nonexpansive.app.images
 
 .PHONY: demo test check docs clean
 
@@ -22,7 +24,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev
-	$(BIN)/python -W error::UserWarning -m pdoc -o docs/api nonexpansive '!nonexpansive.app'
+	$(BIN)/python -W error::UserWarning -m pdoc -o docs/api $(DOCUMENTED)
 
 $(VENV)/.app: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,101 +1,156 @@
-"""Denoising: the shipped models beside total variation tuned for each noise level, on the standard photographs.
+"""The shipped denoisers beside tuned total variation: ``python benchmarks/denoising.py --data DIR --names NAMES.txt``.
 
-    python benchmarks/denoising.py --data BSDS500/val --names cbsd68.txt            # the table, on the 68 photographs named
-    python benchmarks/denoising.py --data BSDS500/val --names cbsd68.txt --tune     # total variation's weights, on the others
+PSNR with peak 1, the mean over the named photographs of DIR, at Gaussian noise of each level (on the scale of 255). The noise
+is seeded by level and photograph and is not clipped, nor is the output. Grey is round(0.2989 R + 0.5870 G + 0.1140 B).
 
-Noise is Gaussian, not clipped, the same for all methods; PSNR has peak 1 and is averaged over photographs. Grey photographs are the
-luma of the colour ones, rounded. Total variation (vectorial for colour) has one weight a level, tuned on photographs that are not
-among those named, as σ times the factors below.
+``--tune DIR`` prints the weights of the total variation that are best on photographs of another folder; NAMES are left out of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import nonexpansive
-from nonexpansive.app.output import check_writable, write_json
+from nonexpansive.app.output import write_json
+from nonexpansive.errors import BadInput, NonexpansiveError
+from nonexpansive.nn.models import Denoiser
 from nonexpansive.restore.variational import tune, tv_denoise
 from nonexpansive.train.data import PhotoFolder, generator, read_names
 
-TV_FACTORS = {
-    3: {5.0: 0.72, 15.0: 1.00, 25.0: 1.13, 50.0: 1.28},
-    1: {5.0: 0.41, 15.0: 0.64, 25.0: 0.75, 50.0: 0.90},
+WEIGHTS = {
+    3: {5.0: 0.0141, 15.0: 0.0581, 25.0: 0.1098, 50.0: 0.2535},
+    1: {5.0: 0.0081, 15.0: 0.0372, 25.0: 0.0725, 50.0: 0.177},
 }
-"""weight / σ by channels and level (of 255), as ``--tune`` finds them."""
+"""Weights of the total variation, for each number of channels and level. Made by ``--tune`` on the training photographs of BSDS500:
+``python benchmarks/denoising.py --tune BSDS500/train --limit 8``."""
+
+CROP = 192
+"""Tuning looks at the middle of each photograph, so many pixels a side."""
 
 
-def noisy(photo: Tensor, level: float, index: int) -> tuple[Tensor, Tensor]:
-    """Clean and noisy (1, C, H, W)."""
-    clean = photo[None] / 255
-    return clean, clean + level / 255 * torch.randn(clean.shape, generator=generator("benchmark", int(level * 1000), index))
+def noisy(clean: Tensor, level: float, index: int, purpose: str = "test") -> Tensor:
+    noise = torch.randn(clean.shape, generator=generator(f"denoising {purpose}", round(1000 * level), index))
+    return clean + level / 255 * noise
 
 
-def psnr(restored: Tensor, clean: Tensor) -> float:
-    return float(peak_signal_noise_ratio(restored, clean, data_range=1.0))
+def pictures(photos: PhotoFolder) -> list[Tensor]:
+    return [photo[None] / 255 for photo in photos]
 
 
-def measure(photos: PhotoFolder, level: float, denoise: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """Mean PSNR and mean seconds of one method at one level."""
-    total = seconds = 0.0
-    for index, photo in enumerate(photos):
-        clean, y = noisy(photo, level, index)
-        began = time.perf_counter()
-        with torch.no_grad():
-            restored = denoise(y)
-        seconds += time.perf_counter() - began
-        total += psnr(restored, clean)
-    return total / len(photos), seconds / len(photos)
+def total_variation(channels: int) -> Callable[[Tensor, float], Tensor]:
+    return lambda y, level: tv_denoise(y, WEIGHTS[channels][level]).image
 
 
-def tune_tv(photos: PhotoFolder, channels: int, levels: list[float]) -> None:
+def learned(model: Denoiser) -> Callable[[Tensor, float], Tensor]:
+    def run(y: Tensor, level: float) -> Tensor:
+        with torch.inference_mode():
+            return model(y, level / 255)
+
+    return run
+
+
+def measure(restore: Callable[[Tensor, float], Tensor], clean: list[Tensor], levels: list[float]) -> dict[str, Any]:
+    """PSNR of every photograph at every level, and the seconds that a photograph takes."""
+    psnr: dict[str, list[float]] = {}
+    seconds = []
     for level in levels:
-        pairs = [noisy(photo[:, 80:240, 80:240], level, index) for index, photo in enumerate(photos)]
-        best, _ = tune(lambda y, weight: tv_denoise(y, weight).image, pairs, 0.2 * level / 255, 2 * level / 255)
-        print(f"channels {channels}, level {level:g}: factor {best * 255 / level:.3f}", flush=True)
+        psnr[f"{level:g}"] = scores = []
+        for index, x in enumerate(clean):
+            y = noisy(x, level, index)
+            began = time.perf_counter()
+            restored = restore(y, level)
+            seconds.append(time.perf_counter() - began)
+            scores.append(float(peak_signal_noise_ratio(restored, x, data_range=1.0)))
+    means = {level: statistics.fmean(scores) for level, scores in psnr.items()}
+    return {"psnr": means, "seconds": statistics.median(seconds), "each": psnr}
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    names = arguments.models or nonexpansive.models()
+    models = {Path(name).stem: nonexpansive.load(name) for name in names}
+    models = {name: model for name, model in models.items() if isinstance(model, Denoiser)}
+    if not models:
+        raise BadInput("there is no denoiser to measure: name one with --models")
+    select = read_names(arguments.names) if arguments.names else None
+    result: dict[str, Any] = {"threads": arguments.threads, "torch": torch.__version__}
+    for channels in sorted({model.channels for model in models.values()}, reverse=True):
+        photos = PhotoFolder(arguments.data, channels, select=select, limit=arguments.limit)
+        clean, shape = pictures(photos), tuple(photos[0].shape)
+        rows: dict[str, tuple[dict[str, Any], float | None]] = {}
+        rows["total variation"] = (measure(total_variation(channels), clean, arguments.levels), None)
+        for name, model in models.items():
+            if model.channels == channels:
+                alpha = nonexpansive.certify(model, shape).averaged
+                rows[name] = measure(learned(model), clean, arguments.levels), alpha
+        kind = {3: "colour", 1: "grey"}[channels]
+        show(f"{kind}, {len(clean)} photographs: PSNR in dB at noise of level /255", arguments.levels, rows)
+        result[kind] = {name: {**measured, "averaged": alpha} for name, (measured, alpha) in rows.items()}
+        result[kind]["photographs"] = photos.names
+        if arguments.json:
+            write_json(arguments.json, result)
+
+
+def show(title: str, levels: list[float], rows: dict[str, tuple[dict[str, Any], float | None]]) -> None:
+    head = ["method", *(f"{level:g}" for level in levels), "above total variation", "seconds", "α ≤"]
+    lines = [head, ["---"] * len(head)]
+    baseline = rows["total variation"][0]["psnr"]
+    for name, (measured, alpha) in rows.items():
+        psnr = measured["psnr"]
+        gain = "" if alpha is None else ", ".join(f"{psnr[level] - baseline[level]:+.2f}" for level in psnr)
+        bound = "1/2 (proximal)" if alpha is None else f"{math.ceil(alpha * 1e4) / 1e4:.4f}"
+        lines.append([name, *(f"{value:.2f}" for value in psnr.values()), gain, f"{measured['seconds']:.2f}", bound])
+    print(f"\n### {title}\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines), flush=True)
+
+
+def tune_weights(arguments: argparse.Namespace) -> None:
+    exclude = read_names(arguments.names) if arguments.names else None
+    for channels in (3, 1):
+        clean = []
+        for x in pictures(PhotoFolder(arguments.tune, channels, exclude=exclude, limit=arguments.limit or 8)):
+            top, left = (max(0, (n - CROP) // 2) for n in x.shape[-2:])
+            clean.append(x[..., top : top + CROP, left : left + CROP])
+        best = {}
+        for level in arguments.levels:
+            pairs = [(x, noisy(x, level, index, "tuning")) for index, x in enumerate(clean)]
+            rough = (level / 255) * 0.5
+            weight, psnr = tune(lambda y, w: tv_denoise(y, w, tolerance=1e-3).image, pairs, rough / 2, rough * 4, 0.05)
+            best[level] = round(weight, 4)
+            print(f"# {channels} channel(s), level {level:g}: weight {weight:.4f}, {psnr:.2f} dB", flush=True)
+        print(f"    {channels}: {best},", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of photographs")
-    parser.add_argument("--names", type=Path, required=True, help="file with the names of the test photographs")
-    parser.add_argument("--models", nargs="*", default=[n for n in nonexpansive.models() if n.startswith("denoiser")])
-    parser.add_argument("--levels", nargs="*", type=float, default=[5.0, 15.0, 25.0, 50.0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of the test photographs")
+    parser.add_argument("--names", type=Path, help="text file with the names of those to take; all, if not given")
+    parser.add_argument(
+        "--models", nargs="+", help="shipped names or .safetensors files; all shipped denoisers, if not given"
+    )
+    parser.add_argument("--levels", nargs="+", type=float, default=[5.0, 15.0, 25.0, 50.0])
     parser.add_argument("--limit", type=int, help="only the first so many photographs")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--tune", action="store_true", help="tune total variation on the photographs not named, and stop")
-    options = parser.parse_args()
-    if options.json:
-        check_writable(options.json, suffixes=(".json",))
-    names = read_names(options.names)
-    if options.tune:
-        for channels in (3, 1):
-            tune_tv(PhotoFolder(options.data, channels, exclude=names, limit=options.limit or 12), channels, options.levels)
-        return
-    rows = []
-    for name in options.models:
-        model = nonexpansive.load(name)
-        photos = PhotoFolder(options.data, model.channels, select=names, limit=options.limit)  # type: ignore[arg-type]
-        certificate = nonexpansive.certify(model, (model.channels, 321, 481))  # type: ignore[arg-type]
-        print(f"\n{name}: {len(photos)} photographs, α ≤ {certificate.averaged:.4f}, L ≤ {certificate.lipschitz:g}\n")
-        print("| σ·255 | noisy | total variation, tuned | ours | gain | s a photograph: total variation | ours |\n|" + "---|" * 7)
-        for level in options.levels:
-            factor = TV_FACTORS[model.channels][level]  # type: ignore[index]
-            noise, _ = measure(photos, level, lambda y: y)
-            tv, tv_seconds = measure(photos, level, lambda y, w=factor * level / 255: tv_denoise(y, w).image)
-            ours, seconds = measure(photos, level, lambda y, s=level / 255: model(y, s))
-            gain = ours - tv
-            print(f"| {level:g} | {noise:.2f} | {tv:.2f} | {ours:.2f} | {gain:+.2f} | {tv_seconds:.2f} | {seconds:.2f} |", flush=True)
-            rows.append({"model": name, "level": level, "noisy": noise, "tv": tv, "ours": ours, "tv_seconds": tv_seconds,
-                         "seconds": seconds, "photographs": len(photos), "averaged": certificate.averaged})  # fmt: skip
-            if options.json:
-                write_json(options.json, rows)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result, with every photograph's PSNR")
+    parser.add_argument("--tune", type=Path, metavar="DIR", help="tune the total variation on this folder instead")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not arguments.tune and not arguments.data:
+        parser.error("--data is needed (or --tune)")
+    if untuned := [level for level in arguments.levels if level not in WEIGHTS[3] and not arguments.tune]:
+        parser.error(f"total variation is tuned for the levels {list(WEIGHTS[3])}, not for {untuned}: see --tune")
+    try:
+        (tune_weights if arguments.tune else compare)(arguments)
+    except NonexpansiveError as error:
+        parser.exit(3, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ _ORDER = 2**17  # of a Gram matrix: Lanczos keeps 40 vectors
 _SMALL = 256  # the order of a Gram matrix whose eigenvalues are computed
 
 
+@torch.inference_mode(False)  # Lanczos differentiates
 def norm_bound(layer: nn.Module, shape: Sequence[int] | None = None) -> float:
     """An upper bound on ‖A‖₂, A the linear part of ``layer`` on one input of ``shape`` (without batch axis).
 
@@ -128,6 +129,7 @@ def terms(layer: nn.Module) -> tuple[int, int]:
     return (adjoint, forward) if convolution.transposed else (forward, adjoint)
 
 
+@torch.inference_mode(False)
 def norm_estimate(layer: nn.Module, shape: Sequence[int], *, iterations: int = 100, seed: int = 0) -> float:
     """An *estimate* of ‖A‖₂ from below by the power method on AᵀA: it may steer training, never enter a certificate.
 
@@ -272,8 +274,7 @@ class _Convolution:
         """Scaled so that the largest entry lies in [1/2, 1): exact, a power of two."""
         exponent = math.frexp(float(weight.abs().max()))[1] if weight.numel() else 0
         half = -exponent // 2  # in two steps, for 2^1074 is no float64
-        with torch.inference_mode(False):  # Lanczos differentiates
-            return cls(weight * 2.0**half * 2.0 ** (-exponent - half), exponent, axes, transposed, linear)
+        return cls(weight * 2.0**half * 2.0 ** (-exponent - half), exponent, axes, transposed, linear)
 
     def unscaled(self, bound: float) -> float:
         """The bound on the layer's own scale, rounded up."""
@@ -328,6 +329,18 @@ class _Convolution:
         stride, dilation = [axis.stride for axis in self.axes], [axis.dilation for axis in self.axes]
         y = run(x, self.weight.flatten(0, 1), None, stride, 0, dilation, self.weight.shape[0])
         return y[(..., *(slice(m) for _, m in sizes))]  # output padding may allow rows that a transposed layer has not
+
+    def normal(self, sizes: _Sizes) -> tuple[Callable[[Tensor], Tensor], int]:
+        """x ↦ AᵀA x on flat x, and the length of x."""
+        shape = (1, self.weight.shape[0] * self.weight.shape[2], *(n for n, _ in sizes))
+
+        def apply(x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.view(shape).requires_grad_()
+                y = self.apply(x, sizes)
+                return torch.autograd.grad(y, x, y.detach())[0].flatten()
+
+        return apply, math.prod(shape)
 
 
 def _is_ours(layer: nn.Module) -> bool:
@@ -695,19 +708,11 @@ class _Gram:
         order = self._order(self.rowwise)
         if order <= _SMALL:
             return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(self.slabs[0][0])[:, -1].max())))
-        groups, _, channels, *_ = self.convolution.weight.shape
+        groups = self.convolution.weight.shape[0]
         if self.convolution.linear:
             gram = self.slabs[0][0]
             return _lanczos(lambda x: (gram @ x.view(groups, order, 1)).flatten(), groups * order)
-        shape = (1, groups * channels, *(n for n, _ in self.sizes))
-
-        def normal(x: Tensor) -> Tensor:
-            with torch.inference_mode(False), torch.enable_grad():
-                x = x.view(shape).requires_grad_()
-                y = self.convolution.apply(x, self.sizes)
-                return torch.autograd.grad(y, x, y.detach())[0].flatten()
-
-        return _lanczos(normal, math.prod(shape))
+        return _lanczos(*self.convolution.normal(self.sizes))
 
     @cached_property
     def slabs(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,6 +7,7 @@ h ≤ 2ν/(1/α - 1 + 1/r) with ν = 1/(L_σ‖A‖²). So a bound on ‖A‖ ha
   is safe (Sherry et al. 2024, Physica D 463, 134159);
 - :class:`MaximalStep`: one step, the largest safe one, differentiated through the norm (for Euler and α = 1 this is the
   convex potential layer of Meunier et al. 2022);
+- :class:`CappedStep`: the same, with the weights kept at ‖A‖ ≤ 1;
 - :class:`Rescale`: one step of fixed size T, the weights scaled down after each optimiser step (see ``project``).
 
 In training the norm is *estimated*, from below, by one warm-started power iteration a step. In evaluation it is *bounded*, from
@@ -111,6 +112,17 @@ class MaximalStep(NormControl):
         return self.largest(norm, lipschitz, tableau), 1
 
 
+class CappedStep(MaximalStep):
+    """The largest safe step, and weights scaled back to ‖A‖ ≤ 1 after each optimiser step.
+
+    With the step in proportion to 1/‖A‖² nothing else holds the weights' size. Under an optimiser whose steps do not shrink with
+    the gradient, such as Adam, they drift upwards until a bounded σ saturates and the block stands still.
+    """
+
+    def rescaling(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> float:
+        return min(1.0, 1.0 / max(norm, SMALLEST))
+
+
 class _FixedSpan(NormControl):
     def __init__(self, alpha: float = 1.0, span: float = 1.0) -> None:
         super().__init__(alpha)
@@ -181,11 +193,11 @@ class Rescale(_FixedSpan):
         return min(1.0, math.sqrt(self.largest(norm, lipschitz, tableau) / self.span))
 
 
-CONTROLS: dict[str, type[NormControl]] = {"maximal": MaximalStep, "adaptive": AdaptiveSteps, "rescale": Rescale}
+CONTROLS: dict[str, type[NormControl]] = {"maximal": MaximalStep, "capped": CappedStep, "adaptive": AdaptiveSteps, "rescale": Rescale}
 
 
 def control(which: str | NormControl, alpha: float | None = None) -> NormControl:
-    """A control by name ("maximal", "adaptive", "rescale") with the wanted α, or the given one as it is."""
+    """A control by name ("maximal", "capped", "adaptive", "rescale") with the wanted α, or the given one as it is."""
     if isinstance(which, NormControl):
         if alpha is not None and alpha != which.alpha:
             raise BadInput(f"alpha={alpha} contradicts the control's own alpha={which.alpha}: give it once")
