@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -216,8 +217,9 @@ def norm_control(turns: int, batch: int) -> None:
 
         def run() -> None:
             for f in flows:
+                h: Any  # the adaptive control steers by a number
                 h, _ = f.control.training_step(f.control.squared_norm(f.linear, homogeneous), 1.0, f.tableau)
-                if isinstance(h, Tensor) and h.requires_grad:  # the adaptive one steers by a number
+                if isinstance(h, Tensor) and h.requires_grad:
                     torch.autograd.backward(h)
 
         return run

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from nonexpansive.math.bounds import norm_bound
-from nonexpansive.math.rounding import down
 from nonexpansive.nn import (
     AdaptiveSteps,
     ClippedRamps,
@@ -173,7 +172,10 @@ _DECREASING: list[Callable[[], nn.Module]] = [
 
 
 def _named(prefix: str, makers: list[tuple[Callable[[], nn.Module], Shape]], affine: bool) -> list[Case]:
-    return [Case(f"{prefix} {i}: {make()!r} on {shape}", make, shape, affine=affine) for i, (make, shape) in enumerate(makers)]
+    return [
+        Case(f"{prefix} {i}: {make()!r} on {shape}", make, shape, affine=affine)
+        for i, (make, shape) in enumerate(makers)
+    ]
 
 
 AFFINE = _named("affine", _AFFINE, True)
@@ -240,7 +242,9 @@ def flow_linears() -> Iterator[tuple[str, Callable[[], nn.Module], Shape]]:
             if geometry["padding"] == "same" and mode == "reflect":
                 continue
 
-            def make(kind: type[nn.Module] = kind, geometry: dict[str, object] = geometry, mode: str = mode) -> nn.Module:
+            def make(
+                kind: type[nn.Module] = kind, geometry: dict[str, object] = geometry, mode: str = mode
+            ) -> nn.Module:
                 return kind(4, 4, padding_mode=mode, **geometry)
 
             yield f"{kind.__name__} {mode} {geometry}", make, shape
@@ -425,7 +429,9 @@ def attack(module: Callable[[Tensor], Tensor], x: Tensor, d: Tensor, shift: floa
         towards_x, towards_d = torch.autograd.grad(squared.sum(), (x, d), allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             scale = norms(towards_d)
-            d = torch.where((scale > 0).reshape(column), towards_d * (reach / scale.clamp_min(1e-300)).reshape(column), d)
+            d = torch.where(
+                (scale > 0).reshape(column), towards_d * (reach / scale.clamp_min(1e-300)).reshape(column), d
+            )
             x = x + towards_x * (0.1 * size / norms(towards_x).clamp_min(1e-300)).reshape(column)
     return torch.maximum(best, stretch(module, x.detach(), d.detach(), shift).detach())
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -42,7 +41,11 @@ class Header:
     claimed: dict[str, float | None]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.architecture, str) or not isinstance(self.config, dict) or not isinstance(self.training, dict):
+        if (
+            not isinstance(self.architecture, str)
+            or not isinstance(self.config, dict)
+            or not isinstance(self.training, dict)
+        ):
             raise ValueError("a name of the architecture, a config and an account of the training are expected")
         if not isinstance(self.claimed, dict) or set(self.claimed) != {"lipschitz", "averaged"}:
             raise ValueError("claims of 'lipschitz' and 'averaged' are expected")
@@ -51,7 +54,9 @@ class Header:
                 raise ValueError(f"the claim {key} is {value!r}, not a number")
 
 
-def save(path: str | os.PathLike[str], model: nn.Module, architecture: str, config: dict[str, Any], training: dict[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str], model: nn.Module, architecture: str, config: dict[str, Any], training: dict[str, Any]
+) -> None:
     """Write a model, whole or not at all. Raises BadInput if the file cannot be written, Refused if the model has no certificate.
 
     ``model`` must be what ``build(architecture, **config)`` makes; its certificate on a 3 or 1x32x32 sample is recorded as claimed.
@@ -91,7 +96,9 @@ def load(name_or_path: str | os.PathLike[str]) -> nn.Module:
     except Refused as refusal:
         raise BadCheckpoint(f"{path}: no certificate can be given for these weights ({refusal})") from refusal
     except Exception as error:  # whatever the constructors make of a config that is not theirs
-        raise BadCheckpoint(f"{path}: the weights do not fit the architecture {header.architecture!r} ({error})") from error
+        raise BadCheckpoint(
+            f"{path}: the weights do not fit the architecture {header.architecture!r} ({error})"
+        ) from error
     for key, value in header.claimed.items():
         bound = proved[key]
         if value is not None and (bound is None or bound > value * (1 + 1e-9)):
@@ -114,4 +121,6 @@ def models() -> list[str]:
     """The names of the shipped models."""
     if not _SHIPPED.is_dir():
         return []
-    return sorted(entry.name.removesuffix(".safetensors") for entry in _SHIPPED.iterdir() if entry.name.endswith(".safetensors"))
+    return sorted(
+        entry.name.removesuffix(".safetensors") for entry in _SHIPPED.iterdir() if entry.name.endswith(".safetensors")
+    )

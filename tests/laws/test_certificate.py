@@ -9,9 +9,9 @@ from decimal import Decimal
 
 import pytest
 import torch
-from cases import AFFINE, CASES, COMPOSED, FLOWS, LAYERS, Case, attack, norms, pairs, stretch, violation
 from torch import Tensor, nn
 
+from cases import AFFINE, CASES, COMPOSED, FLOWS, LAYERS, Case, attack, norms, pairs, stretch, violation
 from nonexpansive import Certificate, certify
 from nonexpansive.nn import GradientFlow, Resolvent
 
@@ -62,7 +62,9 @@ def test_error_bounds_the_rounding_of_the_float32_program(case: Case) -> None:
     module = case.build(torch.float32)
     certificate = certify(module, case.shape, arithmetic=torch.float32)
     assert certificate.arithmetic == "float32"
-    x = torch.cat([pairs(case.shape, 8, i)[0] * scale for i, scale in enumerate((1e-20, 1e-9, 1e-3, 1.0, 1.0, 100.0))]).float()
+    x = torch.cat(
+        [pairs(case.shape, 8, i)[0] * scale for i, scale in enumerate((1e-20, 1e-9, 1e-3, 1.0, 1.0, 100.0))]
+    ).float()
     with torch.no_grad():
         program, truth = module(x).double(), exact(module)(x.double())
     for error, size in zip(norms(program - truth).tolist(), norms(x.double()).tolist(), strict=True):

@@ -9,13 +9,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-from cases import denoiser, pairs, stretch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, spectral_norm
 
 import nonexpansive
+from cases import denoiser, pairs, stretch
 from nonexpansive import Certificate, certify, fold, rule
 from nonexpansive.errors import Refused
 from nonexpansive.math.certificate import chain, compose_averaged, relaxed, split_averaged
@@ -230,7 +230,9 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("word", "make", "shape"), REFUSED, ids=[f"{word} {i}" for i, (word, _, _) in enumerate(REFUSED)])
+@pytest.mark.parametrize(
+    ("word", "make", "shape"), REFUSED, ids=[f"{word} {i}" for i, (word, _, _) in enumerate(REFUSED)]
+)
 def test_what_has_no_proof_is_refused_by_name(word: str, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     with pytest.raises(Refused, match=word):
         certify(make(), shape)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import METHODS, Difference, Shape, flow_linears, pairs, stretch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from cases import METHODS, Difference, Shape, flow_linears, pairs, stretch
 from nonexpansive import ButcherTableau, certify, norm_bound
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.nn import AdaptiveSteps, ClippedRamps, GradientFlow, MaximalStep, Rescale, project
@@ -52,7 +52,9 @@ def test_a_step_is_what_is_stated_and_its_gradient_too(name: str, make: Make, sh
     block = GradientFlow(make(), "tanh", shape=shape).double().eval()
     x = torch.randn(2, *shape, dtype=torch.float64)
     size = math.prod(shape)
-    columns = homogeneous(block.linear, torch.eye(size, dtype=torch.float64).reshape(size, *shape))[0].detach().flatten(1)
+    columns = (
+        homogeneous(block.linear, torch.eye(size, dtype=torch.float64).reshape(size, *shape))[0].detach().flatten(1)
+    )
     b = block.linear(torch.zeros_like(x[:1])).detach().flatten(1)
     h, n = block.step()
     assert n == 1
@@ -66,7 +68,9 @@ def test_a_step_is_what_is_stated_and_its_gradient_too(name: str, make: Make, sh
     turn = torch.randn_like(x)
     with torch.no_grad():
         ahead, behind = block(x + 1e-6 * turn), block(x - 1e-6 * turn)
-        assert torch.allclose((grads[0] * turn).sum(), ((ahead - behind) * direction).sum() / 2e-6, rtol=1e-6, atol=1e-8)
+        assert torch.allclose(
+            (grads[0] * turn).sum(), ((ahead - behind) * direction).sum() / 2e-6, rtol=1e-6, atol=1e-8
+        )
         if parameter is not None:  # the step h, which is chosen and not differentiated, has to stand still
             turn = torch.randn_like(parameter)
             h, values = block.step()[0], []

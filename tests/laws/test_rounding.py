@@ -105,12 +105,16 @@ def test_sums_multiples_and_interpolations_stay_in_their_enclosure(one: float, t
         assert_enclosed(x * t, x.double() * t, a * t, u)
 
 
-@pytest.mark.parametrize("sigma", [nn.ReLU(), nn.LeakyReLU(0.01), nn.Tanh(), nn.GELU(), nn.SiLU(), nn.Softplus()], ids=repr)
+@pytest.mark.parametrize(
+    "sigma", [nn.ReLU(), nn.LeakyReLU(0.01), nn.Tanh(), nn.GELU(), nn.SiLU(), nn.Softplus()], ids=repr
+)
 @pytest.mark.parametrize("scale", [1e-42, 1e-36, 1e-9, 1.0, 30.0, 1e4])
 def test_activations_stay_in_their_enclosure(sigma: nn.Module, scale: float) -> None:
     x = vector(200, scale, 0)
     # softplus is enclosed without its switch to the identity
-    exact = torch.nn.functional.softplus(x.double(), threshold=700) if isinstance(sigma, nn.Softplus) else sigma(x.double())
+    exact = (
+        torch.nn.functional.softplus(x.double(), threshold=700) if isinstance(sigma, nn.Softplus) else sigma(x.double())
+    )
     assert_enclosed(sigma(x), exact, Enclosure.input(U, 200).elementwise(slopes(sigma)), euclidean(x))
 
 

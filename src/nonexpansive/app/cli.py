@@ -25,7 +25,7 @@ from nonexpansive.app.images import Photograph, read_image, write_image
 from nonexpansive.app.output import check_writable, write_json
 from nonexpansive.errors import BadInput, NonexpansiveError, Refused
 from nonexpansive.math.certificate import certify
-from nonexpansive.nn.models import Denoiser
+from nonexpansive.nn.models import Denoiser, build
 from nonexpansive.restore import blur, degrade, plan
 from nonexpansive.restore.physics import KERNEL_FORMS, image_shape, kernel, noise_level
 from nonexpansive.restore.tiles import Tiled
@@ -86,7 +86,8 @@ def deblur(
     boundary: Annotated[
         str | None,
         typer.Option(
-            help="circular: the picture continues periodically; valid: its surroundings are unknown. [default: circular with --degrade, else valid]"
+            help="circular: the picture continues periodically; valid: its surroundings are unknown. "
+            "[default: circular with --degrade, else valid]"
         ),
     ] = None,
     model: Model = None,
@@ -298,7 +299,7 @@ def train(
     run = Run.from_toml(shipped(config), settings or ())
     task = build_task(run, data)
     torch.manual_seed(run.train.seed)
-    network = nonexpansive.nn.models.build(run.model, **run.kwargs)
+    network = build(run.model, **run.kwargs)
 
     def export(module: torch.nn.Module, path: Path, about: dict[str, Any]) -> None:
         checkpoint.save(path, module, run.model, run.kwargs, about)

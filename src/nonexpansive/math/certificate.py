@@ -65,8 +65,10 @@ class Certificate:
             raise Refused(f"{self.rule}: a map {self.domain} → {self.codomain} cannot be averaged")
         bounds = (self.growth.slope, self.growth.constant, self.error.slope, self.error.constant)
         if not all(math.isfinite(bound) and bound >= 0 for bound in bounds):
-            raise Refused(f"{self.rule}: the bounds on size and error, {self.growth} and {self.error}, are not finite: "
-                          "the weights are not numbers, or so large that float64 does not hold their products")
+            raise Refused(
+                f"{self.rule}: the bounds on size and error, {self.growth} and {self.error}, are not finite: "
+                "the weights are not numbers, or so large that float64 does not hold their products"
+            )
 
     @property
     def nonexpansive(self) -> bool:
@@ -248,7 +250,9 @@ def _require_unaltered(module: nn.Module) -> None:
             raise Refused(f"{name} has a parametrization in training mode, where its weights may change: call .eval()")
         for tensor in (*child.parameters(recurse=False), *child.buffers(recurse=False)):
             if tensor.is_complex() or tensor.is_meta:
-                raise Refused(f"{name} holds {'complex numbers' if tensor.is_complex() else 'tensors without data (meta)'}")
+                raise Refused(
+                    f"{name} holds {'complex numbers' if tensor.is_complex() else 'tensors without data (meta)'}"
+                )
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise Refused(f"{name} holds NaN or infinite numbers")
 
@@ -258,7 +262,9 @@ def _require_plain(module: nn.Module, arithmetic: torch.dtype) -> None:
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     off = next((t.dtype for t in tensors if t.dtype != arithmetic and t.ndim > 0), None)
     if off is not None:
-        raise Refused(f"a certificate for {arithmetic} was asked for, but the module holds {off}: call .to({arithmetic})")
+        raise Refused(
+            f"a certificate for {arithmetic} was asked for, but the module holds {off}: call .to({arithmetic})"
+        )
     devices = {t.device.type for t in tensors} | {"cpu"}
     for device in sorted(devices):
         if torch.is_autocast_enabled(device):

@@ -98,7 +98,9 @@ class Enclosure:
         size, error = self.norm * factor, self.error * factor
         if self.unit and factor not in (0.0, 1.0):
             if not 2.0**-100 < factor < 2.0**100:
-                raise Refused(f"the number {factor:g} comes near the end of float32's range, where no rounding bound holds")
+                raise Refused(
+                    f"the number {factor:g} comes near the end of float32's range, where no rounding bound holds"
+                )
             error += self.computed * times(factor, 2.5 * self.unit) + self._each(TINY)
         return Enclosure(size, error, self.unit, self.entries)
 

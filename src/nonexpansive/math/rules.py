@@ -56,7 +56,9 @@ def output_shape(module: nn.Module, shape: Shape) -> Shape:
     batch = (2, *shape)  # of two, so that a layer which takes the first axis for channels gives itself away
     with torch.no_grad():
         try:
-            out = torch.func.functional_call(module, meta, (torch.empty(batch, device="meta", dtype=dtype),), strict=False)
+            out = torch.func.functional_call(
+                module, meta, (torch.empty(batch, device="meta", dtype=dtype),), strict=False
+            )
         except Exception:  # a module of the user's may read its numbers, or hold tensors that are no state
             try:
                 out = module(torch.zeros(batch, device=device, dtype=dtype))
@@ -166,7 +168,7 @@ def _average_on_axis(module: Any, axis: int) -> Callable[[Tensor], Tensor]:
         kernel = _pick(module.kernel_size, axis)
         assert kernel is not None
         stride, padding = _pick(module.stride, axis), _pick(module.padding, axis)
-        return lambda x: F.avg_pool1d(x, kernel, stride, padding or 0, module.ceil_mode, module.count_include_pad)
+        return lambda x: F.avg_pool1d(x, kernel, stride, padding or 0, module.ceil_mode, module.count_include_pad)  # type: ignore[arg-type]
     size = _pick(module.output_size, axis)
     return lambda x: F.adaptive_avg_pool1d(x, x.shape[-1] if size is None else size)
 
@@ -236,7 +238,9 @@ def _copies(module: nn.Module, shape: Shape) -> Certificate:
             most = max(most, int(torch.bincount(picked.reshape(-1, picked.shape[-1])[0].long(), minlength=n).max()))
         copies *= most
     norm = root(max(copies, 1))
-    return Certificate(norm, None, shape, codomain, f"{name_of(module)}, copies an entry at most {copies} times", Affine(norm))
+    return Certificate(
+        norm, None, shape, codomain, f"{name_of(module)}, copies an entry at most {copies} times", Affine(norm)
+    )
 
 
 @rule(

@@ -59,7 +59,9 @@ class NormControl(nn.Module):
             raise BadInput("this control belongs to another block already: give each block a control of its own")
         vector = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         reference = next(linear.parameters(), torch.zeros(()))
-        if vector.ndim == 4:  # on a CPU, torch convolves one small contiguous picture by a path that takes twice the time
+        if (
+            vector.ndim == 4
+        ):  # on a CPU, torch convolves one small contiguous picture by a path that takes twice the time
             vector = vector.contiguous(memory_format=torch.channels_last)
         self.vector = (vector / vector.norm()).to(reference.device, reference.dtype)
 
@@ -159,7 +161,9 @@ class AdaptiveSteps(_FixedSpan):
         n = self._count(float(squared.detach()) ** 0.5, lipschitz, tableau)
         if self.alpha == 1:
             return self.span / n, n
-        return (tableau.max_step(1.0, self._each(n)) / (lipschitz * squared).clamp_min(SMALLEST)).clamp_max(self.span / n), n
+        return (tableau.max_step(1.0, self._each(n)) / (lipschitz * squared).clamp_min(SMALLEST)).clamp_max(
+            self.span / n
+        ), n
 
     def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
         n = self._count(norm, lipschitz, tableau)
@@ -193,7 +197,12 @@ class Rescale(_FixedSpan):
         return min(1.0, math.sqrt(self.largest(norm, lipschitz, tableau) / self.span))
 
 
-CONTROLS: dict[str, type[NormControl]] = {"maximal": MaximalStep, "capped": CappedStep, "adaptive": AdaptiveSteps, "rescale": Rescale}
+CONTROLS: dict[str, type[NormControl]] = {
+    "maximal": MaximalStep,
+    "capped": CappedStep,
+    "adaptive": AdaptiveSteps,
+    "rescale": Rescale,
+}
 
 
 def control(which: str | NormControl, alpha: float | None = None) -> NormControl:
@@ -204,7 +213,9 @@ def control(which: str | NormControl, alpha: float | None = None) -> NormControl
         return which
     if which not in CONTROLS:
         close = difflib.get_close_matches(str(which), CONTROLS, 1)
-        raise BadInput(f"no control {which!r}{f', did you mean {close[0]!r}?' if close else ''}; there are {sorted(CONTROLS)}")
+        raise BadInput(
+            f"no control {which!r}{f', did you mean {close[0]!r}?' if close else ''}; there are {sorted(CONTROLS)}"
+        )
     return CONTROLS[which](alpha=1.0 if alpha is None else alpha)
 
 
@@ -221,7 +232,7 @@ def sound_norm(linear: nn.Module) -> float:
         return norm_bound(linear)
     digest = hashlib.blake2b(f"{type(linear)} {linear!r} {weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
     try:
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     except RuntimeError as error:
         raise Refused(
             "the norm of A cannot be bounded under a transform (torch.func.grad or vmap over the weights) or for tensors without "

@@ -24,7 +24,7 @@ from nonexpansive.math.certificate import (
 )
 from nonexpansive.math.enclosure import TINY, Affine, Enclosure
 from nonexpansive.math.integrate import integrate
-from nonexpansive.math.rounding import above, below, down, plus, times, up
+from nonexpansive.math.rounding import above, below, down, times, up
 from nonexpansive.math.rules import elementwise, name_of, output_shape, slope_assumptions
 from nonexpansive.math.tableau import ButcherTableau, tableau
 from nonexpansive.nn.control import NormControl, sound_norm
@@ -94,7 +94,6 @@ class GradientFlow(nn.Module):
         assert self._step is not None
         return self._step
 
-    @torch.compiler.disable
     def settle(self) -> tuple[float, int]:
         """``step()``, chosen anew for the weights as they are now."""
         self._step = self.control.safe_step(sound_norm(self.linear), monotone(self.activation).high, self.tableau)
@@ -142,7 +141,7 @@ class GradientFlow(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> GradientFlow:
         super()._apply(fn, recurse)
-        with suppress(Refused):  # weights that are not yet filled in
+        with suppress(Refused):  # of weights that are not filled in yet
             self._unsettle()  # another precision has other weights
         return self
 
@@ -150,8 +149,12 @@ class GradientFlow(nn.Module):
         return f"method={self.tableau.name!r}" + (", recompute=True" if self.recompute else "")
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy's parameters are others: it settles its own step
         return {**self.__dict__, "_step": None, "_stamps": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with suppress(Refused):
+            self._unsettle()  # a copy's parameters are others: it settles its own step
 
 
 _Stamp = tuple[Tensor, int, object]
@@ -199,14 +202,18 @@ rule(ClippedRamps, LinearSpline)(elementwise)
 @rule(GradientFlow)
 def _flow(flow: GradientFlow, shape: Shape, unit: float) -> Certificate:
     if flow.training:
-        raise Refused("GradientFlow is in training mode, where its step follows an estimate: call .eval() before certifying")
+        raise Refused(
+            "GradientFlow is in training mode, where its step follows an estimate: call .eval() before certifying"
+        )
     require_out_of_place(flow.activation, "which a gradient flow uses again")
     slope, norm = monotone(flow.activation), sound_norm(flow.linear)
     h, n = flow.settle()
     smoothness = times(times(slope.high, norm), norm)
     alpha = flow.tableau.averagedness(down(1 / smoothness), h) if smoothness else 0.0
     if alpha > 1:
-        raise Refused(f"the step h = {h:g} of {flow.tableau.name} is not known to be safe for ‖A‖ ≤ {norm:g}: its control is wrong")
+        raise Refused(
+            f"the step h = {h:g} of {flow.tableau.name} is not known to be safe for ‖A‖ ≤ {norm:g}: its control is wrong"
+        )
     one = total = _step_enclosure(flow, shape, unit, norm, h)
     for _ in range(n - 1):
         total = Enclosure(one.norm.of(total.norm), one.error.of(total.computed) + total.error, unit, total.entries)
@@ -273,7 +280,9 @@ def _resolvent(module: Resolvent, shape: Shape, unit: float) -> Certificate:
         g = _field(module.linear, module.activation, y, shape, norm, module.step)
         e = g.rounded(Affine(2.0) + g.computed, 3).error
         if not e.slope < 0.5:
-            raise Refused("the rounding of the resolvent's residual is not bounded well enough: ask for exact arithmetic")
+            raise Refused(
+                "the rounding of the resolvent's residual is not bounded well enough: ask for exact arithmetic"
+            )
         x_rounding = Affine(times(6, unit), 0.0)
         error = (error * 1.000001 + e.of(growth) + x_rounding) * up(1 / (1 - e.slope))
     return from_enclosure(

@@ -64,7 +64,7 @@ def _run(linear: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Pullback]
         def forward(x: Tensor) -> Tensor:
             return linear._conv_forward(x, weight, bias)
 
-    t, vjp = torch.func.vjp(forward, x)
+    t, vjp = torch.func.vjp(forward, x)  # type: ignore[misc]
     return t, lambda s, scale=1.0: vjp(s * scale if isinstance(scale, Tensor) or scale != 1 else s)[0]
 
 
@@ -99,7 +99,9 @@ def probe_shape(linear: Any, shape: Sequence[int] | None = None) -> Shape:
     if callable(getattr(linear, "norm_bound", None)):
         if shape is not None:
             return tuple(shape)
-        raise BadInput(f"the shape of an input of {kind.__name__} is not known from it: give GradientFlow(..., shape=(...))")
+        raise BadInput(
+            f"the shape of an input of {kind.__name__} is not known from it: give GradientFlow(..., shape=(...))"
+        )
     raise Refused(
         f"{kind.__name__} is not a linear layer with a known norm bound: use torch.nn.Linear or ConvNd, or give your linear "
         "module a method norm_bound(shape) -> float that bounds its norm from above"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,10 +19,36 @@ from nonexpansive.nn.flow import GradientFlow
 from nonexpansive.nn.resize import Lifted
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
+SCALE = 8.0
+"""Initial scale of the weights and thresholds of flows with learned activations."""
+
 REFERENCE_LEVEL = 25 / 255
 """The noise level, on the scale of [0, 1] images, that learned activations take as 1."""
 
-_LEVELLED: dict[str, Callable[[int], nn.Module]] = {"clipped_ramps": ClippedRamps, "linear_spline": LinearSpline}
+_LEVELLED: dict[str, Callable[[int, float], nn.Module]] = {
+    "clipped_ramps": lambda channels, size: ClippedRamps(channels, threshold=0.06 * size),
+    "linear_spline": lambda channels, size: LinearSpline(channels, range=size),
+}
+"""Learned activations for so many channels, to begin with on inputs of that relative size."""
+
+
+def cosine_frame(channels: int, factor: int, kernel: int) -> Tensor:
+    """The weight of a convolution, on images unshuffled by ``factor``, that gives all coefficients but the mean of the discrete cosine
+    transform of every patch of side n = factor·kernel (at steps of ``factor``), in each of ``channels`` decorrelated colours.
+
+    (channels·(n² - 1), channels·factor², kernel, kernel), scaled so that AᵀA is the identity less a low-pass filter: ‖A‖ ≤ 1.
+    """
+    n = factor * kernel
+    position = torch.arange(n, dtype=torch.float64)
+    basis = torch.cos(torch.pi / n * (position + 0.5) * position[:, None]) * (2 / n) ** 0.5
+    basis[0] /= 2**0.5
+    atoms = torch.einsum("ay,bx->abyx", basis, basis).reshape(n * n, n, n)[1:] / kernel
+    colours = torch.tensor(
+        [[3**-0.5] * 3, [2**-0.5, 0, -(2**-0.5)], [6**-0.5, -2 * 6**-0.5, 6**-0.5]], dtype=torch.float64
+    )
+    colours = colours if channels == 3 else torch.ones(1, 1, dtype=torch.float64)
+    images = torch.einsum("kc,ayx->kacyx", colours, atoms).reshape(-1, channels, n, n)
+    return torch.nn.functional.pixel_unshuffle(images, factor).float().contiguous()
 
 
 class Flows(nn.ModuleList):
@@ -47,7 +72,10 @@ class Denoiser(nn.Module):
     ``model(noisy, sigma)``: images (B, C, H, W) in [0, 1], any H and W; σ, the standard deviation of the noise in the same unit, a
     number or (B,). For every fixed σ ≥ 0 the map y ↦ D(y, σ) is ``alpha``-averaged.
 
-    - ``channels``: 1 (grey) or 3 (colour); ``features``: channels of the flows; ``blocks``: their number; ``kernel``: their kernel size.
+    - ``channels``: 1 (grey) or 3 (colour); ``features``: channels of the flows' state, those above the image's own begin as zeros;
+      ``hidden``: outputs of each A, as many as ``features`` unless given; ``blocks``: their number; ``kernel``: their kernel size.
+      With more outputs than inputs A is nearly an isometry from the start (its singular values lie close together), so that each
+      step moves the image far.
     - ``factor``: the flows work at 1/factor of the resolution, on pixel-unshuffled images (an isometry), which for the same receptive
       field costs factor² times less.
     - ``activation``: "clipped_ramps" or "linear_spline", learned, into whose thresholds σ enters; or any fixed activation by name, for
@@ -67,23 +95,38 @@ class Denoiser(nn.Module):
         method: str = "euler",
         control: str = "maximal",
         recompute: bool = False,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         if channels not in (1, 3):
             raise BadInput(f"channels must be 1 (grey) or 3 (colour), not {channels}")
         if channels * factor**2 > features:
-            raise BadInput(f"{channels} channels unshuffled by {factor} need features ≥ {channels * factor**2}, not {features}")
+            raise BadInput(
+                f"{channels} channels unshuffled by {factor} need features ≥ {channels * factor**2}, not {features}"
+            )
         if kernel % 2 == 0:
             raise BadInput(f"kernel must be odd, so that the flows keep the image's size; not {kernel}")
         if not 0 < alpha < 1:
             raise BadInput(f"alpha must lie strictly between 0 and 1, not {alpha}")
-        self.channels, self.alpha, self.kernel = channels, alpha, kernel
+        hidden = features if hidden is None else hidden
+        if hidden < 1:
+            raise BadInput(f"hidden must be at least 1, not {hidden}")
+        self.channels, self.alpha, self.kernel, self.width = channels, alpha, kernel, max(features, hidden)
         self.levelled = activation in _LEVELLED
         each = split_averaged(alpha, blocks)
 
         def flow() -> GradientFlow:
-            linear = nn.Conv2d(features, features, kernel, padding=kernel // 2, bias=not self.levelled)
-            sigma = _LEVELLED[activation](features) if self.levelled else activation
+            linear = nn.Conv2d(features, hidden, kernel, padding=kernel // 2, bias=not self.levelled)
+            if not self.levelled:
+                return GradientFlow(linear, activation, method=method, control=control, alpha=each, recompute=recompute)
+            # (sA, s·σ(·/s), h/s²) is the same flow for every scale s: a large one lets an optimiser whose steps have the size of the
+            # learning rate, as Adam's, change the weights slowly and the thresholds, which are learned as logarithms, quickly.
+            # All blocks together begin as about one soft-thresholding.
+            if hidden == channels * ((factor * kernel) ** 2 - 1) and features == channels * factor**2:
+                linear.weight = nn.Parameter(cosine_frame(channels, factor, kernel))
+            with torch.no_grad():
+                linear.weight.mul_(SCALE)
+            sigma = _LEVELLED[activation](hidden, SCALE * (features / hidden) ** 0.5 / blocks)
             return GradientFlow(linear, sigma, method=method, control=control, alpha=each, recompute=recompute)
 
         self.lifted = Lifted(Flows(flow() for _ in range(blocks)), features, factor)

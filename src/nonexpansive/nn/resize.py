@@ -60,7 +60,9 @@ class Lifted(nn.Module):
     def inner_shape(self, shape: Shape) -> Shape:
         """The shape of P*x for one x of ``shape`` (C, H, W)."""
         if len(shape) != 3 or shape[0] * self.factor**2 > self.channels:
-            raise Refused(f"Lifted to {self.channels} channels by factor {self.factor} does not take a sample of shape {shape}")
+            raise Refused(
+                f"Lifted to {self.channels} channels by factor {self.factor} does not take a sample of shape {shape}"
+            )
         return (self.channels, -(-shape[1] // self.factor), -(-shape[2] // self.factor))
 
     def extra_repr(self) -> str:
@@ -94,7 +96,9 @@ def _scale(module: Scale, shape: Shape, unit: float) -> Certificate:
     c = module.factor
     averaged = plus(1.0, -c) / 2 if -1 < c <= 1 else None
     out = Enclosure.input(unit, entries(shape)) * c
-    return from_enclosure(out, lipschitz=abs(c), averaged=averaged, domain=shape, codomain=shape, rule=f"Scale by {c:g}")
+    return from_enclosure(
+        out, lipschitz=abs(c), averaged=averaged, domain=shape, codomain=shape, rule=f"Scale by {c:g}"
+    )
 
 
 class Relaxed(nn.Module):

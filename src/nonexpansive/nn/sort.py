@@ -41,5 +41,7 @@ class MaxMin(nn.Module):
 def _sorting(module: GroupSort | MaxMin, shape: Shape, unit: float) -> Certificate:
     group = module.group if isinstance(module, GroupSort) else 2
     if shape[0] % group:
-        raise Refused(f"{type(module).__name__} sorts {group} channels together, which does not divide {shape[0]} channels")
+        raise Refused(
+            f"{type(module).__name__} sorts {group} channels together, which does not divide {shape[0]} channels"
+        )
     return isometry(shape, shape, f"{type(module).__name__}, sorts entries")

@@ -38,8 +38,10 @@ from nonexpansive.math.rounding import above, below, euclidean, times, up
 class DataTerm(Protocol):
     """A linear forward model A: its image shape, a bound on ‖A‖² (``lipschitz``), A, Aᵀ, and the proximal map of ½‖A· - y‖²."""
 
-    image_shape: Shape
-    lipschitz: float
+    @property
+    def image_shape(self) -> Shape: ...
+    @property
+    def lipschitz(self) -> float: ...
 
     def A(self, x: Tensor) -> Tensor: ...
     def A_adjoint(self, y: Tensor) -> Tensor: ...
@@ -86,9 +88,13 @@ class _OfData(nn.Module):
         """An α-averaged map of ‖T(0)‖ ≤ τ‖A‖‖y‖, as both steps are. Refused for another shape than the forward model's, and for
         a bound on the rounding, which is not known for a foreign model."""
         if tuple(shape) != tuple(self.data.image_shape):
-            raise Refused(f"the forward model is for images of shape {tuple(self.data.image_shape)}, not {tuple(shape)}")
+            raise Refused(
+                f"the forward model is for images of shape {tuple(self.data.image_shape)}, not {tuple(shape)}"
+            )
         if unit:
-            raise Refused("the rounding of the forward model (an FFT of another library) is not bounded: ask for exact arithmetic")
+            raise Refused(
+                "the rounding of the forward model (an FFT of another library) is not bounded: ask for exact arithmetic"
+            )
         if not bool(torch.isfinite(self.y).all()):
             raise Refused("the data y hold NaN or infinite numbers")
         offset = times(times(self.tau, up(self.data.lipschitz**0.5)), euclidean(self.y))
@@ -190,8 +196,12 @@ def _douglas_rachford(module: DouglasRachford, shape: Shape, unit: float) -> Cer
     for map, which in ((denoiser, "denoiser"), (proximal, "proximal map")):
         if map.averaged is None or map.averaged > 0.5:
             alpha = "unknown" if map.averaged is None else above(map.averaged)
-            remedy = "" if map.averaged is None else (
-                f" Relax it: Relaxed({which}, t={below(0.5 / map.averaged)}) has α ≤ 1/2, or use forward-backward."
+            remedy = (
+                ""
+                if map.averaged is None
+                else (
+                    f" Relax it: Relaxed({which}, t={below(0.5 / map.averaged)}) has α ≤ 1/2, or use forward-backward."
+                )
             )
             raise Refused(
                 f"Douglas-Rachford needs a {which} with α ≤ 1/2, so that twice it less the identity is non-expansive; "
@@ -233,7 +243,9 @@ def splitting(
         return HalfQuadratic(prior, ProximalStep(data, y, tau), *end)
     if method == "douglas-rachford":
         if box:
-            raise BadInput("douglas-rachford iterates on a shadow of the picture, which may not be projected on [0, 1]: box=False")
+            raise BadInput(
+                "douglas-rachford iterates on a shadow of the picture, which may not be projected on [0, 1]: box=False"
+            )
         return DouglasRachford(prior, ProximalStep(data, y, tau))
     raise BadInput(f"no splitting {method!r}: there are forward-backward, half-quadratic and douglas-rachford")
 

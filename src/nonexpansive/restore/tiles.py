@@ -23,7 +23,7 @@ ARRAYS = 6
 
 def bytes_per_pixel(denoiser: Denoiser) -> float:
     """About what evaluating the denoiser needs for each pixel of its input, in float32."""
-    return 4 * (ARRAYS * denoiser.lifted.channels / denoiser.lifted.factor**2 + 3 * denoiser.channels)
+    return 4 * (ARRAYS * denoiser.width / denoiser.lifted.factor**2 + 3 * denoiser.channels)
 
 
 class Tiled(nn.Module):
@@ -72,7 +72,9 @@ class Tiled(nn.Module):
                 upper, outer = max(top - border, 0), max(left - border, 0)
                 tile = noisy[..., upper : bottom + border, outer : right + border]
                 inner = self.denoiser(tile, sigma)
-                out[..., top:bottom, left:right] = inner[..., top - upper : bottom - upper, left - outer : right - outer]
+                out[..., top:bottom, left:right] = inner[
+                    ..., top - upper : bottom - upper, left - outer : right - outer
+                ]
         return out
 
     def extra_repr(self) -> str:
