@@ -29,7 +29,7 @@ from nonexpansive.train.data import PhotoFolder, generator, read_names
 
 WEIGHTS = {
     3: {5.0: 0.0141, 15.0: 0.0581, 25.0: 0.1098, 50.0: 0.2535},
-    1: {5.0: 0.0081, 15.0: 0.0372, 25.0: 0.0735, 50.0: 0.177},
+    1: {5.0: 0.0081, 15.0: 0.0372, 25.0: 0.0735, 50.0: 0.1754},
 }
 """Weights of the total variation, for each number of channels and level. Made by ``--tune`` on the training photographs of BSDS500:
 ``python benchmarks/denoising.py --tune BSDS500/train --limit 8``."""
