@@ -13,7 +13,7 @@ from nonexpansive import Certificate, certify
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.certificate import rule
 from nonexpansive.math.enclosure import Affine
-from nonexpansive.nn import GradientFlow, Relaxed, Scale
+from nonexpansive.nn import Relaxed, Scale
 from nonexpansive.restore.iterate import fixed_point, prove
 from nonexpansive.restore.splitting import (
     AtLevel,
@@ -119,9 +119,8 @@ def test_what_a_splitting_needs_is_asked_for() -> None:
             DouglasRachford(AtLevel(denoiser(alpha=0.3), 0.1), GradientStep(DATA, DATA.y, 1.5 / DATA.lipschitz)).eval(),
             SHAPE,
         )  # type: ignore[arg-type]
-    merely = GradientFlow(nn.Conv2d(1, 1, 3, padding=1)).eval()
     with pytest.raises(Refused, match="not averaged"):
-        certify(HalfQuadratic(merely, ProximalStep(DATA, DATA.y, 1.0)), SHAPE)
+        certify(HalfQuadratic(Scale(-1.0), ProximalStep(DATA, DATA.y, 1.0)), SHAPE)
     with pytest.raises(Refused, match="no factors"):
         certify(ForwardBackward(), SHAPE)
     for sigma in (-0.1, 1.1, math.nan):

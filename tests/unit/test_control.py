@@ -129,12 +129,15 @@ def test_zero_norms_divide_nothing_by_zero(name: str, activation: str) -> None:
     "linear", [nn.Linear(5, 4), nn.Conv2d(2, 3, 3, padding=1), nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect")]
 )
 def test_the_estimate_climbs_to_the_norm_from_below(linear: nn.Module) -> None:
+    torch.manual_seed(0)
+    linear.reset_parameters()  # type: ignore[operator]
     block = GradientFlow(copy.deepcopy(linear).double())
     bound, estimates = sound_norm(block.linear), []
     for _ in range(60):
         estimates.append(float(block.control.squared_norm(block.linear, _apply).detach()) ** 0.5)
     assert all(b >= a * (1 - 1e-12) for a, b in zip(estimates, estimates[1:], strict=False))
-    assert 0.9 * bound <= estimates[-1] <= bound
+    # for reflection the bound, for any size, is that of a picture all of border
+    assert (0.7 if "reflect" in repr(linear) else 0.9) * bound <= estimates[-1] <= bound
     assert estimates[0] > 0.2 * bound
     assert float(block.control.vector.norm()) == pytest.approx(1.0)
 

@@ -59,9 +59,8 @@ class NormControl(nn.Module):
             raise BadInput("this control belongs to another block already: give each block a control of its own")
         vector = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         reference = next(linear.parameters(), torch.zeros(()))
-        if (
-            vector.ndim == 4
-        ):  # on a CPU, torch convolves one small contiguous picture by a path that takes twice the time
+        # on a CPU, torch convolves one small contiguous picture by a path that takes twice the time
+        if vector.ndim == 4:
             vector = vector.contiguous(memory_format=torch.channels_last)
         self.vector = (vector / vector.norm()).to(reference.device, reference.dtype)
 

@@ -95,6 +95,8 @@ class _OfData(nn.Module):
             raise Refused(
                 "the rounding of the forward model (an FFT of another library) is not bounded: ask for exact arithmetic"
             )
+        if not 0 <= self.data.lipschitz < math.inf:
+            raise Refused(f"the forward model states ‖A‖² ≤ {self.data.lipschitz}, which is no bound")
         if not bool(torch.isfinite(self.y).all()):
             raise Refused("the data y hold NaN or infinite numbers")
         offset = times(times(self.tau, up(self.data.lipschitz**0.5)), euclidean(self.y))
