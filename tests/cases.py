@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from nonexpansive.math.bounds import norm_bound
 from nonexpansive.nn import (
     AdaptiveSteps,
+    CappedStep,
     ClippedRamps,
     GradientFlow,
     GroupSort,
@@ -198,6 +199,7 @@ CONTROLS: list[Callable[[], NormControl]] = [
     lambda: MaximalStep(0.5),
     lambda: AdaptiveSteps(0.6, span=2.0),
     lambda: Rescale(0.3),
+    lambda: CappedStep(0.8),
 ]
 CONVOLUTIONS: list[tuple[type[nn.Module], Shape]] = [
     (nn.Conv1d, (4, 6)), (nn.Conv2d, (4, 4, 5)), (nn.Conv3d, (4, 3, 3, 2))
@@ -257,21 +259,18 @@ def _flows() -> list[Case]:
     def add(name: str, linear: Callable[[], nn.Module], shape: Shape, sigma: object, method: str, control: int) -> None:
         def make() -> nn.Module:
             activation = sigma() if callable(sigma) else sigma
-            given = CONTROLS[control]()
-            layer = linear()
-            if isinstance(given, Rescale) and not isinstance(getattr(layer, "weight", None), nn.Parameter):
-                given = CONTROLS[(control + 1) % 6]()
-            if isinstance(given, Rescale) and torch.nn.utils.parametrize.is_parametrized(layer):
-                given = MaximalStep(0.7)
+            layer, given = linear(), CONTROLS[control]()
+            if not isinstance(dict(layer.named_parameters()).get("weight"), nn.Parameter):
+                given = MaximalStep(0.7)  # some controls scale a plain weight, which this layer has not
             return GradientFlow(layer, activation, method=method, control=given, shape=shape)  # type: ignore[arg-type]
 
         cases.append(Case(f"flow {len(cases)}: {name}, {method}, control {control}", make, shape))
 
     for i, (name, linear, shape) in enumerate(flow_linears()):
-        add(f"{name}, {monotone[i % 9]}", linear, shape, monotone[i % 9], METHODS[i % 13], i % 6)
+        add(f"{name}, {monotone[i % 9]}", linear, shape, monotone[i % 9], METHODS[i % 13], i % 7)
     for i, sigma in enumerate(_ACTIVATIONS):
-        add(f"{sigma()!r}", lambda: nn.Conv1d(2, 2, 3, padding=1), (2, 5), sigma, METHODS[(3 * i) % 13], (i + 1) % 6)
-    for i, (method, control) in enumerate(itertools.product(METHODS, range(6))):
+        add(f"{sigma()!r}", lambda: nn.Conv1d(2, 2, 3, padding=1), (2, 5), sigma, METHODS[(3 * i) % 13], (i + 1) % 7)
+    for i, (method, control) in enumerate(itertools.product(METHODS, range(7))):
         add("", lambda: nn.Linear(3, 4), (3,), monotone[i % 9], method, control)
     return cases
 

@@ -57,11 +57,15 @@ class Header:
 def save(
     path: str | os.PathLike[str], model: nn.Module, architecture: str, config: dict[str, Any], training: dict[str, Any]
 ) -> None:
-    """Write a model, whole or not at all. Raises BadInput if the file cannot be written, Refused if the model has no certificate.
+    """Write a model, whole or not at all; its certificate on a 3 or 1x32x32 sample is recorded as claimed.
 
-    ``model`` must be what ``build(architecture, **config)`` makes; its certificate on a 3 or 1x32x32 sample is recorded as claimed.
+    Raises BadInput if ``model`` is not what ``build(architecture, **config)`` makes, if ``training`` has no form in JSON, or if
+    the file cannot be written; Refused if the model has no certificate.
     """
     model = copy.deepcopy(model).eval()  # the model that is being trained stays in training mode
+    shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (model, build(architecture, **config))]
+    if shapes[0] != shapes[1]:
+        raise BadInput(f"this model is not what the architecture {architecture!r} makes with the settings {config}")
     header = Header(architecture, config, training, _claim(model, config))
     sealed.write(Path(path), FORMAT, model.state_dict(), vars(header))
 

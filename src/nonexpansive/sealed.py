@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -22,9 +22,12 @@ from nonexpansive.errors import BadCheckpoint, BadInput
 
 
 def write(path: Path, format: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and header, whole or not at all. Raises BadInput where the file cannot be written."""
+    """Write tensors and header, whole or not at all. Raises BadInput where the file cannot be written, or the header as JSON."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    try:
+        text = json.dumps(header, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{path}: its header cannot be written as JSON ({error})") from error
     content = to_bytes(plain, {"format": format, "header": text, "sha256": _digest(plain, text)})
     try:
         with atomic(path) as temporary:
@@ -36,12 +39,12 @@ def write(path: Path, format: str, tensors: Mapping[str, Tensor], header: Mappin
 def read(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the header of a file that ``write`` made in that format. Raises BadInput or BadCheckpoint."""
     if not path.is_file():
-        raise BadInput(f"{path}: no such file")
+        raise BadInput(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever the reader makes of a damaged file
         raise BadCheckpoint(f"{path}: damaged, or no safetensors file ({error}); fetch or make it again") from error
     if set(metadata) != {"format", "header", "sha256"} or metadata["format"] != format:
         raise BadCheckpoint(f"{path}: a safetensors file, but not a {format}")
@@ -49,7 +52,7 @@ def read(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise BadCheckpoint(f"{path}: damaged or changed, its content does not match its digest")
     try:
         header = json.loads(metadata["header"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path}: the header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise BadCheckpoint(f"{path}: the header is not that of a {format}")

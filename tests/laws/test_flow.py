@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from cases import METHODS, Difference, Shape, flow_linears, pairs, stretch
 from nonexpansive import ButcherTableau, certify, norm_bound
 from nonexpansive.errors import BadInput, Refused
-from nonexpansive.nn import AdaptiveSteps, ClippedRamps, GradientFlow, MaximalStep, Rescale, project
+from nonexpansive.nn import AdaptiveSteps, CappedStep, ClippedRamps, GradientFlow, MaximalStep, Rescale, project
 from nonexpansive.nn.linear import affine, homogeneous
 
 LINEARS = list(flow_linears())
@@ -291,8 +291,11 @@ def test_what_breaks_the_theory_is_refused_when_the_block_is_built() -> None:
         GradientFlow(Doubled(2, 2, 3))
     with pytest.raises(Refused, match="Softmax"):
         GradientFlow(linear, nn.Softmax(1))
-    with pytest.raises(Refused, match="rescale"):
-        GradientFlow(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), control="rescale")
+    for control in ("rescale", "capped"):
+        with pytest.raises(Refused, match="plain weight"):
+            GradientFlow(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), control=control)
+        with pytest.raises(Refused, match="plain weight"):
+            GradientFlow(Difference(), control=control, shape=(4,))
     with pytest.raises(BadInput, match="shape"):
         GradientFlow(Difference())
     with pytest.raises(BadInput, match="block already"):
@@ -366,7 +369,7 @@ def test_a_control_that_steps_too_far_is_refused() -> None:
 
 OPTIMISED = [
     lambda: MaximalStep(), lambda: MaximalStep(0.4), lambda: AdaptiveSteps(), lambda: AdaptiveSteps(0.4),
-    lambda: Rescale(), lambda: Rescale(0.4, span=2.0),
+    lambda: Rescale(), lambda: Rescale(0.4, span=2.0), lambda: CappedStep(0.4),
 ]  # fmt: skip
 
 

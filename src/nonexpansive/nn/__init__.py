@@ -1,6 +1,6 @@
 """Modules: gradient flows, what goes between them, and the networks made of them."""
 
-from nonexpansive.nn.control import AdaptiveSteps, MaximalStep, NormControl, Rescale
+from nonexpansive.nn.control import AdaptiveSteps, CappedStep, MaximalStep, NormControl, Rescale
 from nonexpansive.nn.flow import GradientFlow, project
 from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.resize import Lifted, Relaxed, Residual, Scale
@@ -9,6 +9,7 @@ from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
 __all__ = [
     "AdaptiveSteps",
+    "CappedStep",
     "ClippedRamps",
     "GradientFlow",
     "GroupSort",

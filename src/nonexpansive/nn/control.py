@@ -57,6 +57,12 @@ class NormControl(nn.Module):
         """Give the power iteration its start: a random unit vector of the linear map's input shape."""
         if self.vector.numel():
             raise BadInput("this control belongs to another block already: give each block a control of its own")
+        plain = isinstance(dict(linear.named_parameters(recurse=False)).get("weight"), nn.Parameter)
+        if type(self).rescaling is not NormControl.rescaling and not plain:
+            raise Refused(
+                f"{type(self).__name__} multiplies a plain weight, which {type(linear).__name__} does not have: "
+                "use the maximal or the adaptive control"
+            )
         vector = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         reference = next(linear.parameters(), torch.zeros(()))
         # on a CPU, torch convolves one small contiguous picture by a path that takes twice the time
@@ -180,14 +186,6 @@ class Rescale(_FixedSpan):
 
     def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:
         return self.span, 1
-
-    def attach(self, linear: nn.Module, shape: tuple[int, ...]) -> None:
-        if not isinstance(dict(linear.named_parameters(recurse=False)).get("weight"), nn.Parameter):
-            raise Refused(
-                f"the rescale control multiplies a plain weight, which {type(linear).__name__} does not have: "
-                "use the maximal or the adaptive control"
-            )
-        super().attach(linear, shape)
 
     def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
         return min(self.span, self.largest(norm, lipschitz, tableau)), 1

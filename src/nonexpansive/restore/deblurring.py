@@ -29,7 +29,7 @@ class Strength:
     trust: float
 
 
-STRENGTH = {"half-quadratic": Strength(2.0, 0.01, 1.0), "forward-backward": Strength(1.4, 0.0, 1.0)}
+STRENGTH = {"half-quadratic": Strength(0.95, 0.0105, 1.3), "forward-backward": Strength(0.7, 0.0, 2.1)}
 """Chosen on validation photographs (see benchmarks/deblurring.py); from the noise alone, not per picture."""
 
 SMALLEST_NOISE = 0.25 / 255
