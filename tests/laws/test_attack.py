@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -68,11 +69,12 @@ def random_net(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
         for p in model.parameters():
             p.add_(draw.choice([0.0, 0.1, 0.3]) * torch.randn_like(p))
         while True:
-            try:
-                return model.double().eval(), shape
-            except Refused:  # too many substeps for weights of that size
-                for p in model.parameters():
-                    p.mul_(0.5)
+            with suppress(Refused):  # too many substeps for weights of that size
+                flows = [part for part in model.double().eval().modules() if isinstance(part, GradientFlow)]
+                if all(flow.step()[1] * flow.tableau.stages <= 24 for flow in flows):  # more take long, and show no more
+                    return model, shape
+            for p in model.parameters():
+                p.mul_(0.7)
 
 
 def excess(module: nn.Module, shape: tuple[int, ...], seed: int) -> float:
@@ -135,18 +137,15 @@ def test_a_step_that_is_too_long_is_caught(make: Callable[[], nn.Module], monkey
         (lambda: nn.Linear(4, 6), (4,)),
         (lambda: nn.Conv2d(2, 2, 3, padding=1), (2, 4, 5)),
         (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=2, stride=2, padding_mode="reflect"), (4, 5, 5)),
-        (lambda: Residual(nn.Linear(4, 4)), (4,)),
     ],
 )
 def test_a_norm_bound_that_is_too_low_is_caught_in_layers(
     make: Callable[[], nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = nonexpansive.math.rules.norm_bound
-    identity = nn.Sequential(nn.Identity())
-    assert not refuted(lambda: identity, shape)
+    assert not refuted(make, shape, 2)
     monkeypatch.setattr(nonexpansive.math.rules, "norm_bound", lambda linear, shape=None: 0.8 * true(linear, shape))
-    # a residual block's bound is reached only where F stretches along x itself
-    assert refuted(make, shape) or isinstance(make(), Residual)
+    assert refuted(make, shape)
 
 
 def test_a_composition_that_takes_the_largest_alpha_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
