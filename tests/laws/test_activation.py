@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -290,12 +291,14 @@ def test_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("module", SPLINES, ids=repr)
 def test_learned_activations_round_as_stated(module: nn.Module, dtype: torch.dtype) -> None:
-    module = scrambled(module, 1.0)
-    t = torch.randn(4000, 3, generator=torch.Generator().manual_seed(2)).to(dtype)
-    with torch.no_grad():
-        error = (module(t).double() - copy.deepcopy(module).double()(t.double())).abs()
-    assert module(t).dtype == dtype
-    assert (error <= slopes(module).ulps * UNIT[dtype] * t.double().abs()).all()
+    assert math.isinf(slopes(ClippedRamps(3)).ulps)  # not known before the thresholds are
+    for spread, level in itertools.product((0.1, 1.0, 3.0), (None, 1e-4, 0.03, 1.0, 10.0)):
+        module = scrambled(module, spread).eval()
+        t = torch.randn(4000, 3, generator=torch.Generator().manual_seed(2)).to(dtype)
+        with torch.no_grad():
+            error = (module(t, level).double() - copy.deepcopy(module).double()(t.double(), level)).abs()
+            assert module(t, level).dtype == dtype
+        assert (error <= slopes(module).ulps * UNIT[dtype] * t.double().abs()).all()
 
 
 @pytest.mark.parametrize("module", [ClippedRamps(3), LinearSpline(3)], ids=repr)

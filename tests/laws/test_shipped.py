@@ -36,9 +36,11 @@ def test_gradient_ascent_finds_no_expansion(name, sigma):
     torch.manual_seed(0)
     x = torch.rand(1, model.channels, 24, 24, dtype=torch.float64)
     v = torch.randn_like(x)
-    for _ in range(15):
-        image, v = torch.func.jvp(lambda y: model(y, sigma), (x,), (v / v.norm(),))
-        assert image.norm() <= 1 + 1e-12
+    for _ in range(12):  # the power method on the Jacobian: Jv by a central difference, Jᵀu by a pullback
+        v = 1e-6 * v / v.norm()
+        with torch.no_grad():
+            image = (model(x + v, sigma) - model(x - v, sigma)) / 2
+        assert image.norm() <= v.norm() * (1 + 1e-8)
         v = torch.func.vjp(lambda y: model(y, sigma), x)[1](image)[0]
 
 

@@ -132,7 +132,7 @@ def test_what_a_splitting_needs_is_asked_for() -> None:
     with pytest.raises(Refused, match="images of shape"):
         prove(made("half-quadratic"), (1, 3, 4))
     with pytest.raises(Refused, match="exact arithmetic"):
-        certify(made("half-quadratic").eval(), SHAPE, arithmetic=torch.float32)
+        certify(made("half-quadratic").float(), SHAPE, arithmetic=torch.float32)
     with pytest.raises(BadInput, match="half-quadratic"):
         made("half-quadratc")
     with pytest.raises(BadInput, match="box"):

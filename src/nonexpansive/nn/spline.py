@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from nonexpansive.errors import Refused
-from nonexpansive.math.activation import Slopes
+from nonexpansive.math.activation import TRANSCENDENTAL, Slopes
 from nonexpansive.math.rounding import up
 
 LEVEL_FLOOR = 1e-4
@@ -162,12 +162,20 @@ class ClippedRamps(nn.Module):
 
     def slope_range(self) -> Slopes:
         """Slopes in [0, 1] at every level; in evaluation mode the weights are looked at, and Refused is raised if
-        they are not numbers. Rounding: a product and a sum for each of the K + 1 terms, and that of the weights and
-        thresholds."""
-        bounds = _finite(self, Slopes(0.0, 1.0, ulps=3 * len(self.logits) + 8))
+        they are not numbers.
+
+        Rounding, for levels up to 1/LEVEL_FLOOR and in evaluation mode: 3 units for the product and the sum of each of
+        the n = K + 1 terms, n + 20 for the softmax, 2(n + 3) for its margin, which depends on the type; and, since a
+        threshold off by a share ε moves clip(t, ±τ) by at most ε|t|, that of exp(θ + ψ log level): the exponential and
+        the logarithm and ψ in its argument count as elementary functions, the latter times |ψ log level|."""
+        bounds = _finite(self, Slopes(0.0, 1.0))
         if not self.training:
             sums = self.weights().detach().double().T.tolist()
-            bounds = replace(bounds, high=max(1.0, *(up(math.fsum(w)) for w in sums)))
+            theta = float(self.log_threshold.detach().abs().max())
+            psi = float(nn.functional.softplus(self.sensitivity.detach()).max())
+            argument = theta + -math.log(LEVEL_FLOOR) * psi * (2 * TRANSCENDENTAL + 2) + 2 * psi
+            ulps = 6 * len(self.logits) + 26 + TRANSCENDENTAL + argument
+            bounds = replace(bounds, high=max(1.0, *(up(math.fsum(w)) for w in sums)), ulps=ulps)
         return bounds
 
     def extra_repr(self) -> str:
