@@ -96,7 +96,7 @@ def deblur(
     ] = None,
     level: Annotated[str | None, typer.Option(help="The denoiser's noise level, in place of the rule's.")] = None,
     tau: Annotated[float | None, typer.Option(help="The data step τ, in place of the rule's.")] = None,
-    tolerance: Annotated[float, typer.Option(min=1e-6, help="Stop when the relative residual is at most this.")] = 1e-3,
+    tolerance: Annotated[float, typer.Option(min=1e-6, help="Stop when the relative residual is at most this.")] = 3e-4,
     iterations: Annotated[int, typer.Option(min=1, help="At most so many steps.")] = 300,
     seed: Seed = 0,
     memory: Memory = 1000.0,

@@ -51,7 +51,7 @@ class Plan:
     def run(
         self,
         *,
-        tolerance: float = 1e-3,
+        tolerance: float = 3e-4,
         iterations: int = 200,
         watch: Callable[[int, float, Tensor], None] | None = None,
     ) -> Report:

@@ -47,7 +47,7 @@ def fixed_point(
     start: Tensor,
     *,
     certificate: Certificate | None,
-    tolerance: float = 1e-3,
+    tolerance: float = 3e-4,
     iterations: int = 500,
     watch: Callable[[int, float, Tensor], None] | None = None,
 ) -> Report:
