@@ -72,7 +72,7 @@ def random_net(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
             with suppress(Refused):  # too many substeps for weights of that size
                 flows = [part for part in model.double().eval().modules() if isinstance(part, GradientFlow)]
                 if all(
-                    flow.step()[1] * flow.tableau.stages <= 24 for flow in flows
+                    flow.step()[1] * flow.tableau.stages <= 16 for flow in flows
                 ):  # more take long, and show no more
                     return model, shape
             for p in model.parameters():

@@ -146,6 +146,17 @@ class Scaled(nn.Conv2d):
         return 3 * super().forward(x)
 
 
+class Posing(nn.Linear):
+    """A subclass that torch's own test takes for a parametrized layer of torch."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.parametrizations = nn.ModuleDict({"weight": nn.Identity()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 5 * super().forward(x)
+
+
 class Skipping(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -186,6 +197,7 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("LSTM", lambda: nn.LSTM(3, 3), (2, 3)),
     ("Scaled", lambda: Scaled(1, 1, 3), (1, 4, 4)),
     ("Skipping", lambda: Skipping(nn.ReLU()), (3,)),
+    ("of its own", lambda: Posing().eval(), (3,)),
     ("ModuleList", lambda: nn.ModuleList([nn.ReLU()]), (3,)),
     ("Sum", Sum, (3,)),
     ("NaN", _nan, (3,)),

@@ -133,6 +133,9 @@ def test_the_step_follows_every_change_of_the_weights() -> None:
         assert block.step()[0] == expected_step(block)
         block.linear = nn.Linear(4, 2)
         assert block.step()[0] == expected_step(block)
+    block.activation = nn.LeakyReLU(2.0)
+    assert block.step()[0] == pytest.approx(expected_step(block) / 2)
+    block.activation = nn.ReLU()
     block.load_state_dict({name: 7 * t for name, t in block.state_dict().items()})
     assert block._step is not None
     assert block.step()[0] == expected_step(block)

@@ -170,7 +170,8 @@ _M = TypeVar("_M", bound=nn.Module)
 def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Register ``f(module, shape, unit) -> Certificate`` for exactly these types (subclasses are not covered).
 
-    ``unit`` is the unit roundoff of the arithmetic that is certified, 0 for exact arithmetic.
+    ``unit`` is the unit roundoff of the arithmetic that is certified, 0 for exact arithmetic. What is certified must treat
+    the samples of a batch alike and apart, and must not overwrite its input, which whatever contains it may use again.
     """
 
     def register(function: Rule) -> Rule:
@@ -239,6 +240,9 @@ def _require_unaltered(module: nn.Module) -> None:
     for child in module.modules():
         name = type(child).__qualname__
         own = next((key for key in vars(child) if callable(getattr(type(child), key, None))), None)
+        if parametrize.is_parametrized(child):  # torch makes a class for it, which adds properties and no methods
+            methods = (key for key, value in vars(type(child)).items() if callable(value) and not key.startswith("__"))
+            own = own or next(methods, None)
         if own is not None:
             raise Refused(f"{name} has a {own} of its own on this instance; certificates hold for the type's alone")
         if child._forward_hooks or child._forward_pre_hooks:

@@ -157,17 +157,19 @@ class GradientFlow(nn.Module):
             self._unsettle()  # a copy's parameters are others: it settles its own step
 
 
-_Stamp = tuple[Tensor, int, object]
+_Stamp = tuple[object, int, object]
 
 
 def _stamps(flow: GradientFlow) -> list[_Stamp]:
-    """The tensors that the step depends on, with what changes when one is written to; read without touching its device.
+    """What the step depends on: the layers and their tensors, with what changes when one is written to; read without
+    touching its device.
 
     The tensors themselves are kept, since the place of one that is gone may be taken by another. Inference tensors have no
     count of their changes: theirs is never the same.
     """
-    stamps = []
+    stamps: list[_Stamp] = []
     for part in (flow.linear, flow.activation):
+        stamps.append((part, 0, None))
         for t in (*part.parameters(), *part.buffers()):
             try:
                 stamps.append((t, t.data_ptr(), object() if t.is_inference() else t._version))
