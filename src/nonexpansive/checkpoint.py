@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nonexpansive import sealed
 from nonexpansive.errors import BadCheckpoint, BadInput, Refused
 from nonexpansive.math.certificate import certify
+from nonexpansive.nn.classifier import Classifier
 from nonexpansive.nn.models import build
 
 FORMAT = "nonexpansive model 1"
@@ -57,7 +58,7 @@ class Header:
 def save(
     path: str | os.PathLike[str], model: nn.Module, architecture: str, config: dict[str, Any], training: dict[str, Any]
 ) -> None:
-    """Write a model, whole or not at all; its certificate on a 3 or 1x32x32 sample is recorded as claimed.
+    """Write a model, whole or not at all; its certificate, for a denoiser on a 32x32 sample, is recorded as claimed.
 
     Raises BadInput if ``model`` is not what ``build(architecture, **config)`` makes, if ``training`` has no form in JSON, or if
     the file cannot be written; Refused if the model has no certificate.
@@ -66,12 +67,13 @@ def save(
     shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (model, build(architecture, **config))]
     if shapes[0] != shapes[1]:
         raise BadInput(f"this model is not what the architecture {architecture!r} makes with the settings {config}")
-    header = Header(architecture, config, training, _claim(model, config))
+    header = Header(architecture, config, training, _claim(model))
     sealed.write(Path(path), FORMAT, model.state_dict(), vars(header))
 
 
-def _claim(model: nn.Module, config: dict[str, Any]) -> dict[str, float | None]:
-    certificate = certify(model, (config.get("channels", 3), 32, 32))
+def _claim(model: nn.Module) -> dict[str, float | None]:
+    shape = model.shape if isinstance(model, Classifier) else (getattr(model, "channels", 3), 32, 32)
+    certificate = certify(model, shape)
     return {"lipschitz": certificate.lipschitz, "averaged": certificate.averaged}
 
 
@@ -96,7 +98,7 @@ def load(name_or_path: str | os.PathLike[str]) -> nn.Module:
         model = build(header.architecture, **header.config)
         (dtype,) = {t.dtype for t in tensors.values() if t.is_floating_point()}
         model.to(dtype).load_state_dict(tensors)
-        proved = _claim(model.eval(), header.config)
+        proved = _claim(model.eval())
     except Refused as refusal:
         raise BadCheckpoint(f"{path}: no certificate can be given for these weights ({refusal})") from refusal
     except Exception as error:  # whatever the constructors make of a config that is not theirs

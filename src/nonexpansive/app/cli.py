@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -298,6 +299,7 @@ def train(
         torch.set_num_threads(threads)
     run = Run.from_toml(shipped(config), settings or ())
     task = build_task(run, data)
+    run = replace(run, kwargs={**getattr(task, "model_settings", {}), **run.kwargs})
     torch.manual_seed(run.train.seed)
     network = build(run.model, **run.kwargs)
 

@@ -15,7 +15,9 @@ from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.certificate import Certificate, Shape, chain, entries, fold, isometry, rule, split_averaged
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import root, times, up
+from nonexpansive.nn.classifier import flow_classifier, paper_classifier
 from nonexpansive.nn.flow import GradientFlow
+from nonexpansive.nn.pooled import PooledRamps
 from nonexpansive.nn.resize import Lifted
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
@@ -27,6 +29,7 @@ REFERENCE_LEVEL = 25 / 255
 
 _LEVELLED: dict[str, Callable[[int, float], nn.Module]] = {
     "clipped_ramps": lambda channels, size: ClippedRamps(channels, threshold=0.06 * size),
+    "pooled_ramps": lambda channels, size: PooledRamps(channels, -(-channels // 3), threshold=0.06 * size),
     "linear_spline": lambda channels, size: LinearSpline(channels, range=size),
 }
 """Learned activations for so many channels, to begin with on inputs of that relative size."""
@@ -175,21 +178,11 @@ def _denoiser(module: Denoiser, shape: Shape, unit: float) -> Certificate:
     )
 
 
-def paper_classifier(classes: int = 10, control: str = "adaptive", blocks: int = 5) -> nn.Sequential:
-    """The paper's CIFAR-10 network (254,810 parameters for 5 blocks a stage): images (B, 3, 32, 32) in [0, 1] → logits.
-
-    A 1x1 lift to 16 channels; three stages of Euler blocks (3x3, leaky ReLU 0.01), each followed by a 1x1 convolution that doubles
-    the channels and 2x2 average pooling; global mean; linear.
-    """
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 1)]
-    for width in (16, 32, 64):
-        for _ in range(blocks):
-            layers.append(GradientFlow(nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.01), control=control))
-        layers += [nn.Conv2d(width, 2 * width, 1), nn.AvgPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
-
-
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"denoiser": Denoiser, "paper_classifier": paper_classifier}
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "denoiser": Denoiser,
+    "flow_classifier": flow_classifier,
+    "paper_classifier": paper_classifier,
+}
 
 
 def build(architecture: str, **config: Any) -> nn.Module:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from nonexpansive.train.config import DenoiseData, Run, TrainConfig, apply_overrides
+from nonexpansive.train.config import ClassifyData, DenoiseData, Run, TrainConfig, apply_overrides
 from nonexpansive.train.data import Patches, PhotoFolder
+from nonexpansive.train.images import LabelledImages, load_images
 from nonexpansive.train.loop import Interrupted, TrainingFailed, fit
-from nonexpansive.train.tasks import DenoiseTask, Task, build_task
+from nonexpansive.train.tasks import ClassifyTask, DenoiseTask, Task, build_task
 
 __all__ = [
+    "ClassifyData",
+    "ClassifyTask",
     "DenoiseData",
     "DenoiseTask",
     "Interrupted",
+    "LabelledImages",
     "Patches",
     "PhotoFolder",
     "Run",
@@ -20,4 +24,5 @@ __all__ = [
     "apply_overrides",
     "build_task",
     "fit",
+    "load_images",
 ]

@@ -90,7 +90,43 @@ class DenoiseData:
         _require(len(set(self.levels)) == len(self.levels), "data.levels", self.levels, "distinct")
 
 
-DATA: dict[str, type] = {"denoise": DenoiseData}
+@dataclass(frozen=True)
+class ClassifyData:
+    """Images and the loss of a classification run.
+
+    `source` names the data set as for `load_images`, the fraction `validation` of whose training images is held out, drawn
+    by `train.seed`; of the others the first `limit` are used (0: all). Each image is shifted by up to `crop` pixels, what
+    enters being black, mirrored with probability 1/2 if `flip`, and, with probability 1/2, a rectangle is blackened whose share of the
+    area is uniform in `erase` (0, 0: none).
+
+    The loss is `cross_entropy` of (z - ξ·onehot(y))/τ, times τ, or the `multi_margin` hinge Σ_j max(0, ξ - z_y + z_j)/K
+    over j ≠ y; ξ is `margin`, τ the `temperature`. Validation's headline is the share of images that are classified
+    rightly with a radius above `radius` (in units of images in [0, 1]; 0: rightly at all), so it decides "best".
+    """
+
+    source: str = "cifar10"
+    validation: float = 0.1
+    limit: int = 0
+    crop: int = 0
+    flip: bool = False
+    erase: tuple[float, float] = (0.0, 0.0)
+    loss: Literal["cross_entropy", "multi_margin"] = "cross_entropy"
+    margin: float = 0.0
+    temperature: float = 1.0
+    radius: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.validation < 1, "data.validation", self.validation, "a fraction between 0 and 1")
+        for name in ("limit", "crop", "margin", "radius"):
+            _require(0 <= getattr(self, name) < math.inf, f"data.{name}", getattr(self, name), "finite, at least 0")
+        _require(0 < self.temperature < math.inf, "data.temperature", self.temperature, "positive and finite")
+        low, high = self.erase
+        _require(0 <= low <= high < 1, "data.erase", self.erase, "[low, high] with 0 ≤ low ≤ high < 1")
+        fits = self.loss == "cross_entropy" or (self.margin > 0 and self.temperature == 1)
+        _require(fits, "data.loss", self.loss, "used with a margin above 0 and no temperature")
+
+
+DATA: dict[str, type] = {"denoise": DenoiseData, "classify": ClassifyData}
 """The data settings of each task that can be named in a file."""
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput
-from nonexpansive.train.config import DenoiseData, Run, unknown
+from nonexpansive.math.certificate import certify
+from nonexpansive.nn.classifier import Classifier
+from nonexpansive.robust.radius import estimated_radii
+from nonexpansive.train.config import ClassifyData, DenoiseData, Run, unknown
 from nonexpansive.train.data import Patches, PhotoFolder, generator, read_names
+from nonexpansive.train.images import LabelledImages, load_images
 
 SIGMA_POWER = 1.5
 """Errors are divided by σ^1.5. A denoiser's squared error grows about like that, between σ² (flat image) and σ (edges),
@@ -111,7 +118,112 @@ class DenoiseTask:
         return {"psnr": sum(result.values()) / len(result), **result}
 
 
-TASKS: dict[str, Callable[[Run, Path | str], Any]] = {"denoise": DenoiseTask.from_run}
+class ClassifyTask:
+    """Tell the class of an image (B, C, H, W) in [0, 1], with a margin: the loss and the images as :class:`ClassifyData` says.
+
+    Validation gives, on the held-out images, ``certified``: the share that is right with a radius above ``data.radius``, by
+    the formula and the certified Lipschitz constant of the features, rounding left out; and ``clean``: the share that is right.
+    """
+
+    metrics = ("certified", "clean")
+
+    def __init__(
+        self, train: LabelledImages, held_out: LabelledImages, data: ClassifyData, size: int, seed: int = 0
+    ) -> None:
+        """``size``: the number of images in a batch, over all processes."""
+        if train.shape != held_out.shape:
+            raise BadInput(f"images to train on are {train.shape}, those held out {held_out.shape}")
+        self.train, self.held_out, self.data, self.size, self.seed = train, held_out, data, size, seed
+        self._permutation = lru_cache(2)(self._draw_permutation)
+
+    @classmethod
+    def from_run(cls, run: Run, root: Path | str) -> ClassifyTask:
+        """The task that `run.data` describes, its data looked for in the folder `root`. Raises `BadInput`."""
+        data = run.data
+        assert isinstance(data, ClassifyData)
+        images = load_images(data.source, "train", root)
+        train, held_out = images.divided(data.validation, run.train.seed)
+        if data.limit > len(train):
+            raise BadInput(f"data.limit = {data.limit}: only {len(train)} images are left to train on")
+        return cls(train[: data.limit or None], held_out, data, run.train.batch, run.train.seed)
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What the data decide of a classifier: the shape of an image and the names of the classes."""
+        return {"shape": list(self.train.shape), "classes": list(self.train.classes)}
+
+    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) and labels (B,). Each epoch is a permutation; a batch may span two."""
+        places = step * self.size + torch.arange(rows.start, rows.stop)
+        epochs, places = places // len(self.train), places % len(self.train)
+        index = torch.empty_like(places)
+        for epoch in epochs.unique().tolist():
+            index[epochs == epoch] = self._permutation(epoch)[places[epochs == epoch]]
+        # one draw for the whole batch, of which a process takes its rows
+        random = torch.rand(self.size, 8, generator=generator("augment", self.seed, step))[rows.start : rows.stop]
+        images = augmented(self.train.images[index], random, self.data)
+        return images.float().div_(255), self.train.labels[index]
+
+    def _draw_permutation(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.train), generator=generator("epoch", self.seed, epoch))
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        images, labels = batch
+        logits, margin = model(images).float(), self.data.margin
+        if self.data.loss == "multi_margin":
+            return F.multi_margin_loss(logits, labels, margin=margin)
+        behind = logits - margin * F.one_hot(labels, logits.shape[1])
+        return self.data.temperature * F.cross_entropy(behind / self.data.temperature, labels)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, Classifier)
+        device, rows = next(model.parameters()).device, model.head.weight
+        lipschitz = certify(model.features, model.shape).lipschitz
+        clean = certified = 0
+        for images, labels in zip(self.held_out.images.split(250), self.held_out.labels.split(250), strict=True):
+            x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+            logits = model(x.to(device)).double()
+            right = logits.argmax(1).cpu() == labels
+            radii = estimated_radii(logits, rows, lipschitz).cpu()
+            clean += int(right.sum())
+            certified += int((right & (radii > self.data.radius)).sum())
+        return {"certified": certified / len(self.held_out), "clean": clean / len(self.held_out)}
+
+
+def augmented(images: Tensor, random: Tensor, data: ClassifyData) -> Tensor:
+    """uint8 images (B, C, H, W), shifted, mirrored and partly blackened as ``data`` says, by uniform numbers ``random`` (B, 8)."""
+    height, width = images.shape[-2:]
+    u, sample = random.unbind(1), torch.arange(len(images))
+    down, right = (torch.arange(n).expand(len(images), n) for n in (height, width))
+    if data.flip:
+        right = torch.where(u[0][:, None] < 0.5, right.flip(1), right)
+    if data.crop:
+        images = F.pad(images, [data.crop] * 4)
+        down, right = (axis + (v[:, None] * (2 * data.crop + 1)).long() for axis, v in ((down, u[1]), (right, u[2])))
+    if data.flip or data.crop:  # gathered pixel by pixel, which gives (B, H, W, C)
+        images = images.permute(0, 2, 3, 1)[sample[:, None, None], down[:, :, None], right[:, None, :]].permute(
+            0, 3, 1, 2
+        )
+    if data.erase[1]:
+        share = data.erase[0] + (data.erase[1] - data.erase[0]) * u[3]
+        stretch = torch.exp((u[4] - 0.5) * 2 * math.log(3.3))  # height over width, between 1/3.3 and 3.3
+        sides = [
+            (share * stretch**e * height * width).sqrt().round().clamp(max=n) for e, n in ((1, height), (-1, width))
+        ]
+        lines = []
+        for n, side, place in zip((height, width), sides, u[5:7], strict=True):
+            first = (place * (n - side + 1)).floor()
+            at = torch.arange(n)
+            lines.append((at >= first[:, None]) & (at < (first + side)[:, None]))
+        hit = lines[0][:, None, :, None] & lines[1][:, None, None, :] & (u[7] < 0.5)[:, None, None, None]
+        images = images.masked_fill(hit, 0)
+    return images
+
+
+TASKS: dict[str, Callable[[Run, Path | str], Any]] = {
+    "denoise": DenoiseTask.from_run,
+    "classify": ClassifyTask.from_run,
+}
 
 
 def build_task(run: Run, root: Path | str) -> Task:

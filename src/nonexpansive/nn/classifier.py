@@ -1,0 +1,220 @@
+"""Classifiers: features with a certificate, and a linear layer on top whose rows decide the margins.
+
+Ours is isometric almost everywhere: pixel-unshuffling and zero channels instead of striding and lifting, flows of the largest
+safe step, which are orthogonal maps wherever AᵀA is a multiple of the identity, MaxMin between them (Meunier et al. 2022,
+arXiv:2110.12690; Prach et al. 2024, arXiv:2311.16833). Beside it stand the two networks of Sherry et al. 2024, §6.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from nonexpansive.errors import BadInput, Refused
+from nonexpansive.math.certificate import Certificate, Shape, chain, entries, fold, from_enclosure, isometry, rule
+from nonexpansive.math.enclosure import Affine, Enclosure
+from nonexpansive.math.rounding import euclidean, root, times
+from nonexpansive.nn.flow import GradientFlow
+from nonexpansive.nn.resize import Residual
+from nonexpansive.nn.sort import MaxMin
+
+
+class Classifier(nn.Module):
+    """Images (B, *shape) in [0, 1] → logits (B, K): ``head(features(x))``.
+
+    - ``features``: (B, *shape) → (B, d), the part whose Lipschitz constant L is certified;
+    - ``head``: linear, (K, d); the prediction i is certain within min_j (z_i - z_j)/(L‖w_i - w_j‖);
+    - ``shape``: (C, H, W) of one image; ``classes``: the K names.
+    """
+
+    def __init__(self, features: nn.Module, head: nn.Linear, shape: Sequence[int], classes: Sequence[str]) -> None:
+        super().__init__()
+        if len(classes) != head.out_features:
+            raise BadInput(f"{head.out_features} logits need as many names of classes, not {len(classes)}")
+        self.features, self.head = features, head
+        self.shape, self.classes = tuple(shape), tuple(map(str, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.shape:
+            raise BadInput(f"this classifier takes images (B, {', '.join(map(str, self.shape))}), not {tuple(x.shape)}")
+        return self.head(self.features(x))
+
+
+@rule(Classifier)
+def _classifier(module: Classifier, shape: Shape, unit: float) -> Certificate:
+    if shape != module.shape:
+        raise Refused(f"this classifier takes images of shape {module.shape}, not {shape}")
+    features = fold(module.features, shape, unit)
+    return chain(features, fold(module.head, features.codomain, unit), rule="Classifier: head ∘ features")
+
+
+class Centre(nn.Module):
+    """x ↦ x - mean, a translation: nothing is divided by a standard deviation, which would multiply L by its inverse."""
+
+    mean: Tensor
+
+    def __init__(self, mean: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mean
+
+
+@rule(Centre)
+def _centre(module: Centre, shape: Shape, unit: float) -> Certificate:
+    if len(shape) != 3 or shape[0] != len(module.mean):
+        raise Refused(
+            f"Centre has the means of {len(module.mean)} channels, which does not fit a sample of shape {shape}"
+        )
+    size = entries(shape)
+    offset = times(euclidean(module.mean), root(shape[1] * shape[2]))
+    out = Enclosure.input(unit, size) + Enclosure(Affine(0.0, offset), Affine(), unit, size)
+    return from_enclosure(out, lipschitz=1.0, averaged=0.0, domain=shape, codomain=shape, rule="Centre, a translation")
+
+
+class Channels(nn.Module):
+    """Zero channels appended, or the last ones dropped, so that ``channels`` are left: P* or P. (B, C, ...) → (B, channels, ...)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 1:
+            raise BadInput(f"channels must be at least 1, not {channels}")
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.channels - x.shape[1]))
+
+    def extra_repr(self) -> str:
+        return str(self.channels)
+
+
+@rule(Channels)
+def _channels(module: Channels, shape: Shape, unit: float) -> Certificate:
+    kind = "zero channels appended" if module.channels >= shape[0] else "channels dropped"
+    return isometry(shape, (module.channels, *shape[1:]), f"Channels, {kind}")
+
+
+class UnitRows(nn.Module):
+    """A parametrization W ↦ the rows w_i/‖w_i‖: no class is favoured by its weights' size, and none of it is wasted in margins."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return F.normalize(weight, dim=1)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def orthogonal_(linear: nn.Conv2d | nn.Linear, spread: float = 0.3) -> None:
+    """Weights that are nearly orthogonal, so that a flow of the largest step is nearly a reflection in as many directions as it
+    has: an orthogonal matrix at the kernel's centre, and normal numbers of variance ``spread``²/(n·k²) everywhere. Bias 0."""
+    weight = linear.weight
+    with torch.no_grad():
+        if weight.ndim == 2:
+            nn.init.orthogonal_(weight)
+        else:
+            outputs, inputs, height, width = weight.shape
+            weight.normal_(std=spread / math.sqrt(max(outputs, inputs) * height * width))
+            weight[:, :, height // 2, width // 2] += nn.init.orthogonal_(torch.empty(outputs, inputs))
+        if linear.bias is not None:
+            linear.bias.zero_()
+
+
+def unit_head(features: int, classes: int) -> nn.Linear:
+    """A last layer whose rows are kept at norm 1."""
+    head = nn.Linear(features, classes)
+    nn.init.orthogonal_(head.weight)
+    nn.init.zeros_(head.bias)
+    register_parametrization(head, "weight", UnitRows())
+    return head
+
+
+def _names(classes: Sequence[str] | int) -> list[str]:
+    return [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
+
+
+def flow_classifier(
+    shape: Sequence[int] = (3, 32, 32),
+    classes: Sequence[str] | int = 10,
+    stages: Sequence[dict[str, object]] = ({"unshuffle": 2, "channels": 64, "kernels": [3, 3]},),
+    mean: Sequence[float] | None = None,
+    activation: str = "relu",
+    control: str = "maximal",
+) -> Classifier:
+    """A 1-Lipschitz classifier: in each stage pixel-unshuffle, set the number of channels, then flows with MaxMin after each.
+
+    A stage is a table of ``unshuffle`` (the factor; 1 if left out), ``channels`` and ``kernels``, the odd kernel size of each
+    flow's convolution. What the last stage gives is flattened, and the rows of the last layer are kept at norm 1.
+    ``mean`` of each channel is subtracted first (1/2 unless given).
+    """
+    shape = tuple(shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise BadInput(f"shape must be (channels, height, width) of one image, not {shape}")
+    layers: list[nn.Module] = [Centre(mean if mean is not None else [0.5] * shape[0])]
+    channels, height, width = shape
+    for stage in stages:
+        if unknown := set(stage) - {"unshuffle", "channels", "kernels"}:
+            raise BadInput(f"a stage has unshuffle, channels and kernels, but no {', '.join(sorted(unknown))}")
+        factor, kernels = int(stage.get("unshuffle", 1)), list(stage.get("kernels", []))  # type: ignore[call-overload]
+        if height % factor or width % factor:
+            raise BadInput(
+                f"a picture of {height}x{width} cannot be unshuffled by {factor}: take a divisor of its sides"
+            )
+        if any(kernel % 2 == 0 for kernel in kernels):
+            raise BadInput(f"kernels must be odd, so that the flows keep the size of the picture; not {kernels}")
+        channels, height, width = channels * factor**2, height // factor, width // factor
+        if factor > 1:
+            layers.append(nn.PixelUnshuffle(factor))
+        wanted = int(stage.get("channels", channels))  # type: ignore[call-overload]
+        if wanted % 2:
+            raise BadInput(f"channels must be even, so that MaxMin can pair them; not {wanted}")
+        if wanted != channels:
+            layers.append(Channels(wanted))
+            channels = wanted
+        for kernel in kernels:
+            linear = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+            orthogonal_(linear)
+            layers += [GradientFlow(linear, activation, control=control), MaxMin()]
+    names = _names(classes)
+    features = nn.Sequential(*layers, nn.Flatten())
+    return Classifier(features, unit_head(channels * height * width, len(names)), shape, names)
+
+
+def paper_classifier(
+    shape: Sequence[int] = (3, 32, 32),
+    classes: Sequence[str] | int = 10,
+    width: int = 16,
+    blocks: int = 5,
+    stages: int = 3,
+    control: str = "adaptive",
+    ordinary: bool = False,
+) -> Classifier:
+    """The network of Sherry et al. 2024 for CIFAR-10 (254,810 parameters), and the ordinary ResNet of the same skeleton (497,290).
+
+    A 1x1 lift to ``width`` channels; ``stages`` of ``blocks`` each followed by a 1x1 convolution that doubles the channels and
+    2x2 average pooling; global mean; linear. A block is an Euler step of the gradient flow x - hAᵀσ(Ax + b), or, where
+    ``ordinary``, x + Bσ(Ax + b) + c with a free B: 3x3 convolutions, σ the leaky ReLU of slope 0.01.
+    """
+    shape = tuple(shape)
+    if len(shape) != 3 or min(shape[1:]) < 2**stages:
+        raise BadInput(f"pictures of shape {shape} are too small to be halved {stages} times")
+
+    def block(channels: int) -> nn.Module:
+        first = nn.Conv2d(channels, channels, 3, padding=1)
+        if not ordinary:
+            return GradientFlow(first, nn.LeakyReLU(0.01), control=control)
+        return Residual(nn.Sequential(first, nn.LeakyReLU(0.01), nn.Conv2d(channels, channels, 3, padding=1)))
+
+    layers: list[nn.Module] = [nn.Conv2d(shape[0], width, 1)]
+    for _ in range(stages):
+        layers += [block(width) for _ in range(blocks)]
+        layers += [nn.Conv2d(width, 2 * width, 1), nn.AvgPool2d(2)]
+        width *= 2
+    names = _names(classes)
+    features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Classifier(features, nn.Linear(width, len(names)), shape, names)
