@@ -27,7 +27,7 @@ class TrainConfig:
     """How to optimise, the same for every task.
 
     `warmup` is the fraction of `steps` in which the learning rate rises linearly; it then falls to 0, by half a cosine
-    (`cosine`) or linearly (`one_cycle`). `momentum` is SGD's, and β₁ of Adam; `beta2` is Adam's alone. `clip` bounds
+    (`cosine`) or linearly (`one_cycle`). `momentum` is SGD's and Muon's, and β₁ of Adam; `beta2` is Adam's, also of Muon for biases. `clip` bounds
     the Euclidean norm of the whole gradient and `ema` is the decay of the averaged weights, which are those validated
     and exported; 0 turns either off. `batch` counts the samples of one step over all processes.
     """
@@ -37,7 +37,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "one_cycle"] = "cosine"
     warmup: float = 0.05
-    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
+    optimiser: Literal["adam", "adamw", "muon", "sgd"] = "adam"
     momentum: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0

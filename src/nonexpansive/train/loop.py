@@ -32,6 +32,7 @@ from nonexpansive.errors import BadCheckpoint, BadInput, NonexpansiveError
 from nonexpansive.nn.flow import project
 from nonexpansive.train.config import Run, TrainConfig, differences
 from nonexpansive.train.data import key, prefetch
+from nonexpansive.train.muon import Muon
 from nonexpansive.train.tasks import Task
 
 FORMAT = "nonexpansive training checkpoint 1"
@@ -370,6 +371,8 @@ def _optimiser(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimiser == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, **shared)
+    if config.optimiser == "muon":
+        return Muon(parameters, momentum=config.momentum, beta2=config.beta2, **shared)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimiser]
     return kind(parameters, betas=(config.momentum, config.beta2), **shared)
 

@@ -1,0 +1,72 @@
+"""Muon: momentum whose matrices are made orthogonal before each step (Jordan et al. 2024; Bernstein & Newhouse 2024, arXiv:2409.20325).
+
+PyTorch has it for matrices alone; here a convolution's weight counts as the matrix (outputs, inputs·k²). A flow of the maximal step
+is the same for every multiple of its weights, so what matters is the *relative* change of a matrix: that is what ``lr`` sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""p(s) = as + bs³ + cs⁵ takes all s in (0, 1] near 1 when applied five times; the coefficients are those of Jordan et al."""
+
+
+class Muon(torch.optim.Optimizer):
+    """W ← W - lr·(‖W‖/‖O‖)·O for weights with two axes or more, O the nearest orthogonal matrix to their momentum.
+
+    Parameters with one axis (biases) take steps of Adam, with the rate lr/10 and the decays (β, β₂) = (``momentum``, ``beta2``).
+    ``weight_decay`` takes lr·weight_decay·W off the weights in each step.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float = 0.05,
+        momentum: float = 0.95,
+        beta2: float = 0.99,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, beta = self.state[p], group["momentum"]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                    if p.ndim < 2:
+                        state |= {"square": torch.zeros_like(p), "step": torch.zeros((), dtype=torch.float64)}
+                average = state["momentum"].lerp_(p.grad, 1 - beta)
+                if p.ndim < 2:
+                    p.sub_(_adam(average, p.grad, state, group), alpha=group["lr"] / 10)
+                    continue
+                ahead = p.grad.lerp(average, beta)  # Nesterov's momentum
+                direction = orthogonalised(ahead.flatten(1)).view(ahead.shape)
+                size = p.norm() / direction.norm().clamp_min(torch.finfo(p.dtype).tiny)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction * size * group["lr"])
+
+
+def _adam(average: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, float]) -> Tensor:
+    beta, beta2 = group["momentum"], group["beta2"]
+    square, count = state["square"].lerp_(gradient.square(), 1 - beta2), state["step"].add_(1)
+    unbiased = (square / (1 - beta2 ** float(count))).sqrt_().add_(1e-8)
+    return average / (1 - beta ** float(count)) / unbiased
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """About UVᵀ for the matrix USVᵀ (m, n), its singular values between 0.7 and 1.2: five steps of Newton and Schulz in bfloat16."""
+    a, b, c = QUINTIC
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = (x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)).bfloat16()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x.to(matrix.dtype)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x

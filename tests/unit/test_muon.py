@@ -1,0 +1,56 @@
+"""Muon: what it makes of a matrix, how far a step goes, and that it is indifferent to the scale of weights and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nonexpansive.train.muon import Muon, orthogonalised
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5), (1, 7)])
+def test_singular_values_come_near_1_and_directions_stay(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert s.min() > 0.01 * s.max()  # smaller ones would need more steps
+    out = orthogonalised(3.7 * matrix)
+    assert torch.linalg.svdvals(out).min() > 0.5 and torch.linalg.svdvals(out).max() < 1.3
+    assert (u.T @ out @ v.T).diagonal().min() > 0.5  # each singular direction is kept, with its sign
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 9, bias=False), nn.Conv2d(4, 6, 3, bias=False)])
+def test_a_step_changes_a_matrix_by_the_learning_rate(layer: nn.Module) -> None:
+    (weight,) = layer.parameters()
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    Muon([weight], lr=0.03).step()
+    assert float((weight.detach() - before).norm() / before.norm()) == pytest.approx(0.03, rel=1e-4)
+
+
+def test_scales_of_weight_and_gradient_do_not_matter() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 7), torch.randn(3, 5, 7)
+    ends = []
+    for size, steep in ((1.0, 1.0), (4.0, 0.25)):
+        weight = nn.Parameter(start * size)
+        optimiser = Muon([weight])
+        for g in gradients:
+            weight.grad = g * steep
+            optimiser.step()
+        ends.append(weight.detach() / size)
+    torch.testing.assert_close(*ends)
+
+
+def test_it_solves_a_regression_that_needs_both_kinds_of_parameter() -> None:
+    torch.manual_seed(0)
+    x, true = torch.randn(256, 6), nn.Linear(6, 3)
+    y, model = true(x).detach(), nn.Linear(6, 3)
+    optimiser = Muon(model.parameters(), lr=0.3)
+    for step in range(400):
+        optimiser.param_groups[0]["lr"] = 0.3 * (1 - step / 400)
+        loss = (model(x) - y).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 1e-3
