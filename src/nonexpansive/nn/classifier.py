@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from nonexpansive.errors import BadInput, Refused
-from nonexpansive.math.certificate import Certificate, Shape, chain, entries, fold, from_enclosure, isometry, rule
+from nonexpansive.math.certificate import (
+    Certificate,
+    Shape,
+    chain,
+    entries,
+    fold,
+    from_enclosure,
+    isometry,
+    require_out_of_place,
+    rule,
+)
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import euclidean, root, times
 from nonexpansive.nn.flow import GradientFlow
@@ -100,6 +110,58 @@ def _channels(module: Channels, shape: Shape, unit: float) -> Certificate:
     return isometry(shape, (module.channels, *shape[1:]), f"Channels, {kind}")
 
 
+class Symmetrised(nn.Module):
+    """x ↦ the mean of T(x) over x, its mirror image, and both shifted by each of ``shifts`` pixels down and right, and up and left.
+
+    A mirror image is an isometry of x and a shift that brings in zeros has norm 1, so the mean is as Lipschitz as T; margins gain
+    what an average over views gains, at no cost in the certificate. In training mode it is T alone. (B, C, H, W) → as T.
+    """
+
+    def __init__(self, inner: nn.Module, shifts: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.inner, self.shifts = inner, tuple(sorted({0, *map(int, shifts)}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.inner(x)
+        views = [shifted(x, d) for s in self.shifts for d in ({(s, s), (-s, -s)})]
+        total = sum(self.inner(view) + self.inner(view.flip(-1)) for view in views)
+        return total * (1 / (2 * len(views)))
+
+    def extra_repr(self) -> str:
+        return f"shifts={self.shifts}"
+
+
+def shifted(x: Tensor, by: tuple[int, int]) -> Tensor:
+    """x moved by so many pixels down and right, zeros coming in. (B, C, H, W) → (B, C, H, W)"""
+    down, right = by
+    return F.pad(x, (right, -right, down, -down)) if by != (0, 0) else x
+
+
+@rule(Symmetrised)
+def _symmetrised(module: Symmetrised, shape: Shape, unit: float) -> Certificate:
+    if len(shape) != 3:
+        raise Refused(f"Symmetrised mirrors pictures (C, H, W), not samples of shape {shape}")
+    require_out_of_place(module.inner, "which Symmetrised uses again")
+    if module.training:
+        raise Refused("Symmetrised is in training mode, where it takes no mean: call .eval() before certifying")
+    inner = fold(module.inner, shape, unit)
+    views = 2 * (2 * len(module.shifts) - 1)
+    one = total = Enclosure(inner.growth, inner.error, unit, entries(inner.codomain))
+    for _ in range(views - 1):
+        total = total + one
+    return from_enclosure(
+        total * (1 / views),
+        lipschitz=inner.lipschitz,
+        averaged=None,
+        domain=shape,
+        codomain=inner.codomain,
+        rule=f"Symmetrised: the mean over {views} views, each of norm at most 1",
+        assumptions=inner.assumptions,
+        parts=(inner,),
+    )
+
+
 class UnitRows(nn.Module):
     """A parametrization W ↦ the rows w_i/‖w_i‖: no class is favoured by its weights' size, and none of it is wasted in margins."""
 
@@ -145,12 +207,15 @@ def flow_classifier(
     mean: Sequence[float] | None = None,
     activation: str = "relu",
     control: str = "maximal",
+    symmetrised: bool = False,
+    shifts: Sequence[int] = (),
 ) -> Classifier:
     """A 1-Lipschitz classifier: in each stage pixel-unshuffle, set the number of channels, then flows with MaxMin after each.
 
     A stage is a table of ``unshuffle`` (the factor; 1 if left out), ``channels`` and ``kernels``, the odd kernel size of each
     flow's convolution. What the last stage gives is flattened, and the rows of the last layer are kept at norm 1.
-    ``mean`` of each channel is subtracted first (1/2 unless given).
+    ``mean`` of each channel is subtracted first (1/2 unless given). ``symmetrised``, the features are in evaluation mode the
+    mean over the picture and its mirror image, and over those moved by ``shifts`` pixels.
     """
     shape = tuple(shape)
     if len(shape) != 3 or min(shape) < 1:
@@ -182,6 +247,10 @@ def flow_classifier(
             layers += [GradientFlow(linear, activation, control=control), MaxMin()]
     names = _names(classes)
     features = nn.Sequential(*layers, nn.Flatten())
+    if shifts and not symmetrised:
+        raise BadInput("shifts are views of symmetrised features: set symmetrised as well")
+    if symmetrised:  # centred first, so that what a shift brings in is no black border
+        features = nn.Sequential(layers[0], Symmetrised(features[1:], shifts))
     return Classifier(features, unit_head(channels * height * width, len(names)), shape, names)
 
 
