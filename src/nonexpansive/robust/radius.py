@@ -1,0 +1,291 @@
+"""Certified radii: within which distance of an image a classifier's answer cannot change.
+
+A classifier maps images (B, C, H, W) to logits z = Wφ(x) + b with φ of Lipschitz constant L. The margin z_i - z_j changes by at most
+L‖w_i - w_j‖ per unit of distance, so the answer i at x is certain within
+
+    r = min over j ≠ i of (z_i - z_j)/(L‖w_i - w_j‖)
+
+(Tsuzuku, Sato, Sugiyama 2018, arXiv:1802.04034, with the pairwise norm of the last layer). Where no last linear layer is found, W
+is the identity, ‖w_i - w_j‖ = √2 and L that of the whole network.
+
+That is a statement about real numbers. What is computed here is a lower bound of r that holds for programs as well:
+
+- The margin at x comes from a float64 copy of the network, less a bound on the copy's own rounding.
+- For a float32 program the answer must not change at any x' = x + δ that it may be given, ‖δ‖ ≤ r, so its rounding *at x'* counts.
+  Layer k adds an error of at most e_k(‖y'‖), affine in the size of what it is given (:class:`Certificate`, ``error``), and
+  ‖y'_k‖ ≤ ‖y_k‖ + L_1⋯L_k r with the sizes ‖y_k‖ known from the copy. The sum over all layers is affine in r: α + βr. So
+
+    z'_i - z'_j ≥ (z_i - z_j) - ‖w_i - w_j‖(Lr + α + βr) - ρ_i - ρ_j > 0  for r < (z_i - z_j - ‖w_i - w_j‖α - …)/(‖w_i - w_j‖(L + β) + …)
+
+  with ρ the rounding of the last layer, affine in r too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nonexpansive.errors import BadInput, Diverging, Refused
+from nonexpansive.math.certificate import Certificate, Shape, certify, chain
+from nonexpansive.math.enclosure import TINY
+from nonexpansive.math.rounding import UNIT, gamma
+from nonexpansive.nn.classifier import Classifier
+from nonexpansive.nn.flow import GradientFlow
+
+_UP = 1 + 2.0**-30
+"""More than the rounding of any sum or norm taken here, in float64 of terms ≥ 0 and at most 2^22 of them."""
+
+_SMALL = 1e-150
+"""More than what a norm of float64 numbers loses where their squares underflow."""
+
+
+class Radii(NamedTuple):
+    """For each image: ``prediction``, the class (N,) int64, and ``radius`` (N,) float64, 0 where nothing is certain.
+
+    The radius is an ℓ2 distance in units of the image's values, over all its entries. The prediction is certain at every distance
+    up to it. "Certified at ε" means radius > ε.
+    """
+
+    prediction: Tensor
+    radius: Tensor
+
+
+class _Layers(NamedTuple):
+    """A classifier taken apart: the layers up to the features, each with its certificate, and the last linear layer."""
+
+    features: list[tuple[nn.Module, Certificate]]
+    head: nn.Linear | None
+
+
+@dataclass(frozen=True, eq=False)
+class CertifiedClassifier:
+    """A classifier with what is proved about it; ``radii(x)`` proves it for images. Made by :func:`certify_classifier`.
+
+    - ``model``: the classifier, as given; ``shape``: that of one image; ``classes``: how many logits it gives.
+    - ``certificate``: that of the whole network; ``lipschitz``: L of the features (of the network, where there is no ``head``).
+    - ``arithmetic``: "exact", or the type of the program for which the radii hold.
+    - ``head``: whether the pairwise norms of a last linear layer are used.
+    - ``statement``: what a radius says, in words.
+    """
+
+    model: nn.Module
+    shape: Shape
+    classes: int
+    certificate: Certificate
+    lipschitz: float
+    arithmetic: str
+    head: bool
+    _copy: _Layers
+    _program: _Layers
+    _unit: float
+
+    @property
+    def statement(self) -> str:
+        what = "the exact map" if self.arithmetic == "exact" else f"the {self.arithmetic} program"
+        where = "any input" if self.arithmetic == "exact" else f"any {self.arithmetic} input"
+        how = "pairwise margins of the last layer" if self.head else "margins over √2, no last linear layer was found"
+        return (
+            f"{what} answers the same for {where} within the radius (ℓ2, in units of the image's values); L ≤ "
+            f"{self.lipschitz:.7g}, {how}"
+        )
+
+    @torch.inference_mode()
+    def radii(self, x: Tensor, batch: int = 256) -> Radii:
+        """The class and the certified radius of each image of x (N, *shape), ``batch`` images at a time.
+
+        Raises BadInput for images of another shape, of whole numbers, or none at all.
+        """
+        self._check(x)
+        parts = [self._radii(images) for images in x.split(batch)]
+        return Radii(torch.cat([p.prediction for p in parts]), torch.cat([p.radius for p in parts]))
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits (N, classes) of the float64 copy, from which the radii are taken."""
+        self._check(x)
+        return self._run(x)[1]
+
+    def _check(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.shape:
+            raise BadInput(f"images of shape {tuple(x.shape[1:])}, but the certificate is for {self.shape}")
+        if not x.is_floating_point():
+            raise BadInput(f"images in {x.dtype}: the network takes values in [0, 1], so divide by 255 first")
+        if len(x) == 0:
+            raise BadInput("there are no images")
+
+    def _run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The norms (N,) of what each layer of the copy is given and of its features, in this order, and its logits."""
+        like = next(self.model.parameters(), x)
+        if self._unit:
+            x = x.to(like.dtype)  # the very image that the program is given
+        y = x.to(like.device, torch.float64)
+        y = y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
+        sizes = [_norm(y)]
+        for layer, _ in self._copy.features:
+            y = layer(y)
+            sizes.append(_norm(y))
+        return sizes, y if self._copy.head is None else self._copy.head(y)
+
+    def _radii(self, x: Tensor) -> Radii:
+        sizes, z = self._run(x)
+        own = alpha = torch.zeros_like(sizes[0])
+        beta, growth = 0.0, 1.0
+        for given, (_, copied), (_, program) in zip(sizes, self._copy.features, self._program.features, strict=False):
+            # own: how far the copy may be from the exact map; alpha + beta·r: how far the program, at a distance of up to r
+            L, e, here = program.lipschitz, program.error, given + own + alpha
+            alpha, beta = L * alpha + e.slope * here + e.constant, L * beta + e.slope * (growth + beta)
+            own, growth = copied.lipschitz * own + copied.error.slope * given + copied.error.constant, L * growth
+
+        prediction = z.argmax(1)
+        rivals = torch.arange(self.classes, device=z.device) != prediction[:, None]
+        head = self._copy.head
+        if head is None:
+            apart, fixed, moving = z.new_full((), 2**0.5), z.new_zeros(z.shape), z.new_zeros(self.classes)
+        else:
+            rows = _norm(head.weight)
+            apart = torch.cdist(head.weight, head.weight, compute_mode="donot_use_mm_for_euclid_dist")[prediction]
+            # the last layer's rounding in the copy and in the program: ρ = fixed + moving·r for each logit
+            mine, theirs = _inner(head.in_features, UNIT[torch.float64]), _inner(head.in_features, self._unit)
+            bias = 0.0 if head.bias is None else head.bias.abs()
+            far = sizes[-1] + own + alpha
+            fixed = mine[0] * (rows * sizes[-1][:, None] + bias) + theirs[0] * (rows * far[:, None] + bias)
+            fixed, moving = fixed + mine[1] + theirs[1], theirs[0] * rows * (growth + beta)
+        apart = apart * _UP + _SMALL
+        margin = (z.gather(1, prediction[:, None]) - z) / _UP
+        lost = apart * (own + alpha)[:, None] + fixed + fixed.gather(1, prediction[:, None])
+        speed = apart * (self.lipschitz + beta) + moving + moving.expand_as(z).gather(1, prediction[:, None])
+        left = margin - lost * _UP
+        radius = torch.where(left > 0, left / speed / _UP**2, 0.0).where(rivals, torch.inf).amin(1)
+        return Radii(prediction, radius.where(z.isfinite().all(1), 0.0))
+
+
+def certify_classifier(
+    model: nn.Module, shape: Shape | torch.Size | list[int], *, arithmetic: torch.dtype | None = None
+) -> CertifiedClassifier:
+    """A classifier, (B, *shape) → logits (B, classes), made ready to have its radii certified.
+
+    A :class:`Classifier`, or a ``nn.Sequential`` that ends in ``nn.Linear`` (Sequentials within it included), is certified by the
+    pairwise norms of that layer's rows, any other network by √2.
+
+    ``arithmetic=None``: the radii hold for the exact map. ``torch.float32``, ``torch.float64``: for the program that runs in this
+    type as well, at every input of this type within the radius; the model must be in it. In float64 that costs next to nothing, in
+    float32 a part of the radius that grows with depth and width, since the bound is for the worst order of summation.
+
+    Raises Refused where no certificate can be given, or the model does not end in at least two logits.
+    """
+    shape = tuple(int(n) for n in shape)
+    certificate, program = _take_apart(model, shape, arithmetic)
+    if len(certificate.codomain) != 1 or certificate.codomain[0] < 2:
+        raise Refused(f"a classifier gives at least two logits for each image, but this gives {certificate.codomain}")
+    reference = _in_float64(model)
+    copied = _take_apart(reference, shape, torch.float64)[1]
+    features = [part for _, part in program.features]
+    lipschitz = chain(*features, rule="features").lipschitz if features else 1.0
+    if program.head is None:
+        lipschitz = certificate.lipschitz
+    made = CertifiedClassifier(
+        model,
+        shape,
+        certificate.codomain[0],
+        certificate,
+        lipschitz,
+        certificate.arithmetic,
+        program.head is not None,
+        copied,
+        program,
+        0.0 if arithmetic is None else UNIT[arithmetic],
+    )
+    _compare(made)
+    return made
+
+
+def estimated_radii(logits: Tensor, rows: Tensor | None = None, lipschitz: float = 1.0) -> Tensor:
+    """The radii (B,) by the formula alone, from logits (B, K) in whatever type: to watch or steer a training, no certificate.
+
+    ``rows`` (K, n): the weight of the last layer, None where there is none; ``lipschitz``: L of what comes before it.
+    """
+    best, prediction = logits.max(1)
+    margins = best[:, None] - logits
+    apart = logits.new_full((), 2**0.5) if rows is None else torch.cdist(rows, rows).to(logits)[prediction]
+    radii = margins / (lipschitz * apart).clamp_min(torch.finfo(logits.dtype).tiny)
+    return radii.scatter(1, prediction[:, None], torch.inf).amin(1)
+
+
+# -------------------------------------------------------------------------------------------------------------------- parts
+
+
+def _take_apart(model: nn.Module, shape: Shape, arithmetic: torch.dtype | None) -> tuple[Certificate, _Layers]:
+    certificate = certify(model, shape, arithmetic=arithmetic)
+    parts = list(_flat(model, certificate))
+    last, part = parts[-1] if parts else (model, certificate)
+    if parametrize.type_before_parametrizations(last) is nn.Linear and len(part.domain) == 1:
+        return certificate, _Layers(parts[:-1], last)  # type: ignore[arg-type]
+    return certificate, _Layers(parts, None)
+
+
+def _flat(module: nn.Module, certificate: Certificate) -> Iterator[tuple[nn.Module, Certificate]]:
+    """The layers in the order in which they are applied, Sequentials and the two parts of a Classifier opened."""
+    if type(module) not in (nn.Sequential, Classifier):
+        yield module, certificate
+        return
+    for child, part in zip(module._modules.values(), certificate.parts, strict=True):
+        assert child is not None
+        yield from _flat(child, part)
+
+
+def _in_float64(model: nn.Module) -> nn.Module:
+    """A copy with the very numbers of the model, its parametrized weights as they are computed in the model's own type."""
+    reference = copy.deepcopy(model)
+    for module in list(reference.modules()):
+        if parametrize.is_parametrized(
+            module
+        ):  # torch's remove_parametrizations would undo the original's, which shares its class
+            values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+            plain = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            module.__class__ = plain
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
+    reference.double()
+    steps = [[m.step() for m in net.modules() if isinstance(m, GradientFlow)] for net in (model, reference)]
+    if steps[0] != steps[1]:
+        raise Refused(
+            "a copy of the network in float64 takes other steps than the network, so it says nothing about it"
+        )
+    return reference.requires_grad_(False)
+
+
+@torch.inference_mode()
+def _compare(made: CertifiedClassifier) -> None:
+    """That the copy, layer by layer, computes what the model does: on two images, to what its type can resolve."""
+    like = next(made.model.parameters(), torch.zeros(()))
+    x = torch.rand((2, *made.shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    sizes, z = made._run(x)
+    head = made._copy.head
+    scale = (
+        sizes[-1]
+        if head is None
+        else sizes[-1] * _norm(head.weight).max() + (0 if head.bias is None else head.bias.abs().max())
+    )
+    off = (made.model(x).double() - z).abs().amax(1)
+    if not bool((off <= 2**12 * torch.finfo(like.dtype).eps * scale).all()):
+        raise Diverging(
+            f"the network, and its layers one after the other in float64, differ by {float(off.max()):.3g} in the logits: one of "
+            "them does not do what its certificate says. This is a defect: please report it with the network."
+        )
+
+
+def _norm(y: Tensor) -> Tensor:
+    """‖y‖ of each sample, from above."""
+    return y.detach().flatten(1).norm(dim=1) * _UP
+
+
+def _inner(terms: int, unit: float) -> tuple[float, float]:
+    """(relative, absolute) rounding error of an inner product of so many terms and an offset."""
+    return (gamma(terms + 2, unit), (2 * terms + 2) * TINY) if unit else (0.0, 0.0)
