@@ -46,9 +46,10 @@ def test_it_solves_a_regression_that_needs_both_kinds_of_parameter() -> None:
     torch.manual_seed(0)
     x, true = torch.randn(256, 6), nn.Linear(6, 3)
     y, model = true(x).detach(), nn.Linear(6, 3)
-    optimiser = Muon(model.parameters(), lr=0.3)
+    optimiser = Muon([model.weight], [model.bias], lr=0.3)
     for step in range(400):
-        optimiser.param_groups[0]["lr"] = 0.3 * (1 - step / 400)
+        for group in optimiser.param_groups:
+            group["lr"] = 0.3 * (1 - step / 400)
         loss = (model(x) - y).square().mean()
         optimiser.zero_grad()
         loss.backward()

@@ -27,9 +27,10 @@ class TrainConfig:
     """How to optimise, the same for every task.
 
     `warmup` is the fraction of `steps` in which the learning rate rises linearly; it then falls to 0, by half a cosine
-    (`cosine`) or linearly (`one_cycle`). `momentum` is SGD's and Muon's, and β₁ of Adam; `beta2` is Adam's, also of Muon for
-    biases. `clip` bounds the Euclidean norm of the whole gradient and `ema` is the decay of the averaged weights, which are
-    those validated and exported; 0 turns either off. `batch` counts the samples of one step over all processes.
+    (`cosine`) or linearly (`one_cycle`). `momentum` is SGD's and Muon's, and β₁ of Adam; `beta2` is Adam's, which Muon uses
+    for biases and the last layer. `clip` bounds the Euclidean norm of the whole gradient and `ema` is the decay of the
+    averaged weights, which are those validated and exported; 0 turns either off. `batch` counts the samples of one step over
+    all processes.
     """
 
     steps: int = 40_000

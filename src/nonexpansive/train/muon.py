@@ -1,7 +1,8 @@
 """Muon: momentum whose matrices are made orthogonal before each step (Jordan et al. 2024; Bernstein & Newhouse 2024, arXiv:2409.20325).
 
-PyTorch has it for matrices alone; here a convolution's weight counts as the matrix (outputs, inputs·k²). A flow of the maximal step
-is the same for every multiple of its weights, so what matters is the *relative* change of a matrix: that is what ``lr`` sets.
+PyTorch has it for parameters of two axes alone; here a convolution's weight counts as the matrix (outputs, inputs·k²). A flow of
+the maximal step is the same for every multiple of its weights, so what matters is the *relative* change of a matrix: that is
+what ``lr`` sets.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """W ← W - lr·(‖W‖/‖O‖)·O for weights with two axes or more, O the nearest orthogonal matrix to their momentum.
+    """W ← W - lr·(‖W‖/‖O‖)·O for each of ``matrices``, O the nearest orthogonal matrix to their momentum.
 
-    Parameters with one axis (biases) take steps of Adam, with the rate lr/10 and the decays (β, β₂) = (``momentum``, ``beta2``).
-    ``weight_decay`` takes lr·weight_decay·W off the weights in each step.
+    ``others`` (biases, the last layer) take steps of Adam with the rate lr/10 and the decays (β, β₂) = (``momentum``, ``beta2``).
+    ``weight_decay`` takes lr·weight_decay·W off the matrices in each step. Weights of more than two axes count as matrices with
+    their first axis as rows.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        matrices: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter] = (),
         lr: float = 0.05,
         momentum: float = 0.95,
         beta2: float = 0.99,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay})
+        kinds = {True: list(matrices), False: list(others)}
+        groups = [{"params": params, "orthogonal": kind} for kind, params in kinds.items() if params]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -38,19 +43,19 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state, beta = self.state[p], group["momentum"]
+                state, beta, rate = self.state[p], group["momentum"], group["lr"]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                    if p.ndim < 2:
+                    if not group["orthogonal"]:
                         state |= {"square": torch.zeros_like(p), "step": torch.zeros((), dtype=torch.float64)}
                 average = state["momentum"].lerp_(p.grad, 1 - beta)
-                if p.ndim < 2:
-                    p.sub_(_adam(average, p.grad, state, group), alpha=group["lr"] / 10)
+                if not group["orthogonal"]:
+                    p.sub_(_adam(average, p.grad, state, group), alpha=rate / 10)
                     continue
                 ahead = p.grad.lerp(average, beta)  # Nesterov's momentum
                 direction = orthogonalised(ahead.flatten(1)).view(ahead.shape)
                 size = p.norm() / direction.norm().clamp_min(torch.finfo(p.dtype).tiny)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction * size * group["lr"])
+                p.mul_(1 - rate * group["weight_decay"]).sub_(direction * (size * rate))
 
 
 def _adam(average: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, float]) -> Tensor:
