@@ -29,7 +29,8 @@ from nonexpansive.nn import (
     Resolvent,
     Scale,
 )
-from nonexpansive.nn.models import Denoiser, paper_classifier
+from nonexpansive.nn.classifier import Centre, Channels, Symmetrised, flow_classifier, paper_classifier
+from nonexpansive.nn.models import Denoiser
 from nonexpansive.restore.splitting import (
     AtLevel,
     Box,
@@ -349,10 +350,25 @@ _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
     ("denoiser, nearly no noise", lambda: AtLevel(denoiser(), 1e-5), (1, 4, 4), True),
     ("denoiser, colour", lambda: AtLevel(denoiser(3), 0.05), (3, 3, 4), True),
     ("denoiser, splines", lambda: AtLevel(denoiser(activation="linear_spline", alpha=0.5), 0.3), (1, 4, 5), True),
+    (
+        "denoiser, pooled, two scales",
+        lambda: AtLevel(denoiser(activation="pooled_ramps", hidden="frame", scales=[1, 2], kernel=1), 0.2),
+        (1, 4, 5),
+        True,
+    ),
     ("denoiser, unlevelled", lambda: AtLevel(denoiser(activation="relu", alpha=0.6, factor=1), 0.2), (1, 4, 4), True),
     ("denoiser, adaptive", lambda: AtLevel(denoiser(activation="tanh", control="adaptive", method="rk4"), 0.9), (1, 3, 3), True),
     ("Tiled", _tiled, (1, 19, 17), True),
-    ("classifier", lambda: paper_classifier(classes=3, blocks=1), (3, 8, 8), True),
+    ("Centre", lambda: Centre([0.4, -2.0]), (2, 3, 1), True),
+    ("Channels appended", lambda: Channels(5), (2, 3), True),
+    ("Channels dropped", lambda: Channels(2), (4, 2, 2), True),
+    ("Symmetrised", lambda: Symmetrised(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), MaxMin(), nn.Flatten()), [1, 2]), (2, 4, 3), True),
+    ("classifier", lambda: paper_classifier((3, 8, 8), 3, blocks=1), (3, 8, 8), True),
+    ("classifier, ordinary", lambda: paper_classifier((1, 8, 8), 3, blocks=1, ordinary=True), (1, 8, 8), True),
+    ("classifier of flows", lambda: flow_classifier(
+        (1, 4, 6), 3, [{"unshuffle": 2, "channels": 8, "kernels": [3]}, {"channels": 6, "kernels": [1]}]), (1, 4, 6), True),
+    ("classifier, symmetrised", lambda: flow_classifier(
+        (1, 4, 4), 3, [{"channels": 4, "kernels": [3, 3]}], symmetrised=True, shifts=[1]), (1, 4, 4), True),
     ("Sequential, empty", nn.Sequential, (3,), True),
     ("Sequential, twice the same", lambda: nn.Sequential(*[nn.Linear(3, 3)] * 3), (3,), True),
     (

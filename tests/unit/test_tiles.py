@@ -16,7 +16,7 @@ from nonexpansive.restore.tiles import Tiled, bytes_per_pixel
 
 
 def tiled(model: Denoiser, side: int) -> Tiled:
-    """In tiles of that side, a multiple of the model's factor."""
+    """In tiles of that side, a multiple of the model's alignment."""
     border = Tiled(model, math.inf).layout()[1]
     result = Tiled(model, bytes_per_pixel(model) * (side + 2 * border + 0.5) ** 2)
     assert result.layout() == (side, border)
@@ -28,6 +28,7 @@ MODELS = [
     {"blocks": 1, "factor": 2},
     {"blocks": 1, "factor": 3, "features": 9, "activation": "linear_spline"},
     {"blocks": 2, "factor": 1, "activation": "tanh"},
+    {"blocks": 2, "factor": 1, "features": 1, "hidden": "frame", "scales": [1, 2], "activation": "pooled_ramps"},
     {"blocks": 1, "factor": 1, "activation": "relu", "method": "heun", "kernel": 5},
     {"blocks": 1, "factor": 1, "activation": "relu", "control": "adaptive", "alpha": 0.3},
 ]
@@ -45,7 +46,7 @@ def test_tiles_are_the_whole(
             for p in model.lifted.inner.parameters():  # type: ignore[union-attr]
                 p.mul_(2.5)
         assert any(flow.step()[1] > 1 for flow in model.lifted.inner)  # type: ignore[union-attr]
-    f = model.lifted.factor
+    f = model.alignment
     side = f * math.ceil(model.reach / f)
     x = torch.rand(2, 1, height, width, dtype=torch.float64)
     split = tiled(model, side)

@@ -31,6 +31,7 @@ from nonexpansive.nn.control import NormControl, sound_norm
 from nonexpansive.nn.control import control as find_control
 from nonexpansive.nn.implicit import REFERENCE, Resolvent
 from nonexpansive.nn.linear import affine, homogeneous, is_torch, offset_norm, probe_shape
+from nonexpansive.nn.pooled import PooledRamps
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
 
@@ -198,7 +199,7 @@ def project(model: nn.Module) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- certificates
 
-rule(ClippedRamps, LinearSpline)(elementwise)
+rule(ClippedRamps, LinearSpline, PooledRamps)(elementwise)
 
 
 @rule(GradientFlow)

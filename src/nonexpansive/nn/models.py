@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +79,13 @@ class Denoiser(nn.Module):
     - ``channels``: 1 (grey) or 3 (colour); ``features``: channels of the flows' state, those above the image's own begin as zeros;
       ``hidden``: outputs of each A, as many as ``features`` unless given; ``blocks``: their number; ``kernel``: their kernel size.
       With more outputs than inputs A is nearly an isometry from the start (its singular values lie close together), so that each
-      step moves the image far.
+      step moves the image far. "frame" asks for as many as :func:`cosine_frame` has, which A then begins as.
     - ``factor``: the flows work at 1/factor of the resolution, on pixel-unshuffled images (an isometry), which for the same receptive
       field costs factor² times less.
-    - ``activation``: "clipped_ramps" or "linear_spline", learned, into whose thresholds σ enters; or any fixed activation by name, for
-      which σ enters by scaling, D(y, σ) = μ⁻¹T(μy) with μ = 25/(255σ).
+    - ``scales``: the flows take turns at these scales: at scale s, a flow unshuffles the state by s once more, and back (PTP* again).
+      It then sees patches s times as large. Scales other than 1 need ``hidden="frame"``.
+    - ``activation``: "clipped_ramps", "pooled_ramps" or "linear_spline", learned, into whose thresholds σ enters; or any fixed activation
+      by name, for which σ enters by scaling, D(y, σ) = μ⁻¹T(μy) with μ = 25/(255σ).
     - ``method``, ``control``, ``recompute``: as for :class:`GradientFlow`.
     """
 
@@ -98,7 +101,8 @@ class Denoiser(nn.Module):
         method: str = "euler",
         control: str = "maximal",
         recompute: bool = False,
-        hidden: int | None = None,
+        hidden: int | str | None = None,
+        scales: Sequence[int] = (1,),
     ) -> None:
         super().__init__()
         if channels not in (1, 3):
@@ -111,34 +115,64 @@ class Denoiser(nn.Module):
             raise BadInput(f"kernel must be odd, so that the flows keep the image's size; not {kernel}")
         if not 0 < alpha < 1:
             raise BadInput(f"alpha must lie strictly between 0 and 1, not {alpha}")
+        if not scales or any(not isinstance(scale, int) or scale < 1 for scale in scales):
+            raise BadInput(f"scales are whole numbers from 1, at least one, not {scales}")
+        framed = hidden == "frame"
+        if framed and features != channels * factor**2:
+            raise BadInput(f'hidden="frame" needs features = {channels * factor**2}, the image\'s own, not {features}')
+        if set(scales) != {1} and not framed:
+            raise BadInput(f'scales of {list(scales)} need hidden="frame", not {hidden!r}')
         hidden = features if hidden is None else hidden
-        if hidden < 1:
-            raise BadInput(f"hidden must be at least 1, not {hidden}")
-        self.channels, self.alpha, self.kernel, self.width = channels, alpha, kernel, max(features, hidden)
-        self.levelled = activation in _LEVELLED
+        if not framed and not (isinstance(hidden, int) and hidden >= 1):
+            raise BadInput(f'hidden must be a number from 1, or "frame", not {hidden!r}')
+        self.channels, self.alpha, self.kernel, self.levelled = channels, alpha, kernel, activation in _LEVELLED
+        self.scales = [scales[index % len(scales)] for index in range(blocks)]
         each = split_averaged(alpha, blocks)
 
-        def flow() -> GradientFlow:
-            linear = nn.Conv2d(features, hidden, kernel, padding=kernel // 2, bias=not self.levelled)
-            if not self.levelled:
-                return GradientFlow(linear, activation, method=method, control=control, alpha=each, recompute=recompute)
-            # (sA, s·σ(·/s), h/s²) is the same flow for every scale s: a large one lets an optimiser whose steps have the size of the
-            # learning rate, as Adam's, change the weights slowly and the thresholds, which are learned as logarithms, quickly.
-            # All blocks together begin as about one soft-thresholding.
-            if hidden == channels * ((factor * kernel) ** 2 - 1) and features == channels * factor**2:
-                linear.weight = nn.Parameter(cosine_frame(channels, factor, kernel))
-            with torch.no_grad():
-                linear.weight.mul_(SCALE)
-            sigma = _LEVELLED[activation](hidden, SCALE * (features / hidden) ** 0.5 / blocks)
-            return GradientFlow(linear, sigma, method=method, control=control, alpha=each, recompute=recompute)
+        def flow(scale: int) -> nn.Module:
+            fine = factor * scale
+            outputs = channels * ((fine * kernel) ** 2 - 1) if framed else int(hidden)
+            inputs = features * scale**2
+            linear = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not self.levelled)
+            # (outputs, inputs) of a frame also where ``hidden`` is its number
+            if inputs == channels * fine**2 and outputs == channels * ((fine * kernel) ** 2 - 1):
+                linear.weight = nn.Parameter(cosine_frame(channels, fine, kernel))
+            sigma: str | nn.Module = activation
+            if self.levelled:
+                # (sA, s·σ(·/s), h/s²) is the same flow for every scale s: a large one lets an optimiser whose steps have the size of
+                # the learning rate, as Adam's, change the weights slowly and the thresholds, which are learned as logarithms, quickly.
+                # All blocks together begin as about one soft-thresholding.
+                with torch.no_grad():
+                    linear.weight.mul_(SCALE)
+                sigma = _LEVELLED[activation](outputs, SCALE * (inputs / outputs) ** 0.5 / blocks)
+            block = GradientFlow(linear, sigma, method=method, control=control, alpha=each, recompute=recompute)
+            return block if scale == 1 else Lifted(block, inputs, scale)
 
-        self.lifted = Lifted(Flows(flow() for _ in range(blocks)), features, factor)
+        self.lifted = Lifted(Flows(flow(scale) for scale in self.scales), features, factor)
+
+    def flows(self) -> list[GradientFlow]:
+        """The gradient flows, in the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, GradientFlow)]
+
+    @property
+    def alignment(self) -> int:
+        """The map commutes with shifts by multiples of this many pixels, away from the borders."""
+        return self.lifted.factor * math.lcm(*self.scales)
 
     @property
     def reach(self) -> int:
         """In evaluation mode an output pixel depends on no input further than this many pixels away along an axis."""
-        evaluations = sum(flow.step()[1] * flow.tableau.stages for flow in self.lifted.inner)  # type: ignore[union-attr]
-        return self.lifted.factor * (1 + evaluations * (self.kernel - 1))
+        spread = 1
+        for scale, flow in zip(self.scales, self.flows(), strict=True):
+            spread += scale * flow.step()[1] * flow.tableau.stages * (self.kernel - 1) + scale - 1
+        return self.lifted.factor * spread
+
+    @property
+    def width(self) -> float:
+        """The largest number of channels of an array in a flow, for each pixel of the image."""
+        layers = [cast(nn.Conv2d, flow.linear) for flow in self.flows()]
+        widths = (max(a.in_channels, a.out_channels) / scale**2 for a, scale in zip(layers, self.scales, strict=True))
+        return max(widths) / self.lifted.factor**2
 
     def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
         if noisy.ndim != 4 or noisy.shape[1] != self.channels:

@@ -26,7 +26,7 @@ LEVEL_FLOOR = 1e-4
 """Levels below this act as this one, so that level 0 has finite values and gradients."""
 
 
-def _level(level: float | Tensor | None, t: Tensor, like: Tensor) -> Tensor:
+def relative_level(level: float | Tensor | None, t: Tensor, like: Tensor) -> Tensor:
     """The level as a tensor with as many axes as t, of size B or 1 along the first and 1 along the others."""
     values = torch.as_tensor(1.0 if level is None else level, dtype=like.dtype, device=like.device)
     if values.numel() not in (1, t.shape[0]):
@@ -119,7 +119,7 @@ def _blocks(t: Tensor) -> list[Callable[..., Tensor]]:
     return [slicer(start) for start in range(0, t.shape[axis], rows)]
 
 
-def _finite(module: nn.Module, bounds: Slopes) -> Slopes:
+def finite(module: nn.Module, bounds: Slopes) -> Slopes:
     if not module.training and not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
         raise Refused(f"{type(module).__name__} holds parameters that are not finite numbers: it computes no function")
     return bounds
@@ -157,7 +157,7 @@ class ClippedRamps(nn.Module):
         """
         theta = _axis(self.log_threshold, t)
         psi = nn.functional.softplus(_axis(self.sensitivity, t))
-        tau = (theta + psi * _level(level, t, self.log_threshold).log()).exp()
+        tau = (theta + psi * relative_level(level, t, self.log_threshold).log()).exp()
         return _ClipRamps.apply(t, _axis(self.weights(), t).to(t.dtype), tau.to(t.dtype))  # type: ignore[return-value]
 
     def slope_range(self) -> Slopes:
@@ -168,7 +168,7 @@ class ClippedRamps(nn.Module):
         the n = K + 1 terms, n + 20 for the softmax, 2(n + 3) for its margin, which depends on the type; and, since a
         threshold off by a share ε moves clip(t, ±τ) by at most ε|t|, that of exp(θ + ψ log level): the exponential and
         the logarithm and ψ in its argument count as elementary functions, the latter times |ψ log level|."""
-        bounds = _finite(self, Slopes(0.0, 1.0))
+        bounds = finite(self, Slopes(0.0, 1.0))
         if not self.training:
             sums = self.weights().detach().double().T.tolist()
             theta = float(self.log_threshold.detach().abs().max())
@@ -216,7 +216,7 @@ class LinearSpline(nn.Module):
         """
         offset = self.side + len(self.logits) * torch.arange(self.logits.shape[1], device=t.device, dtype=torch.int32)
         offset = _axis(offset[None], t)[0]
-        scale = None if level is None else _level(level, t, self.logits).to(t.dtype)
+        scale = None if level is None else relative_level(level, t, self.logits).to(t.dtype)
         u = t if scale is None else t / scale
         with torch.no_grad():  # floor(u/Δ) and not floor((u + range)/Δ), which would lose the sign of a tiny u
             index = (u / self.spacing).nan_to_num_(0.0).clamp_(-self.side, self.side - 0.5).floor_().int() + offset
@@ -234,7 +234,7 @@ class LinearSpline(nn.Module):
     def slope_range(self) -> Slopes:
         """Slopes in [0, 1] at every level. Rounding, for n knots a side: the intercept of the n-th interval is a sum
         of n terms of at most |t| each."""
-        return _finite(self, Slopes(0.0, 1.0, ulps=2 * self.side + 8))
+        return finite(self, Slopes(0.0, 1.0, ulps=2 * self.side + 8))
 
     def extra_repr(self) -> str:
         return f"channels={self.logits.shape[1]}, knots={2 * self.side + 1}, range={self.side * self.spacing:g}"

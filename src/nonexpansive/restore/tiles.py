@@ -23,7 +23,7 @@ ARRAYS = 6
 
 def bytes_per_pixel(denoiser: Denoiser) -> float:
     """About what evaluating the denoiser needs for each pixel of its input, in float32."""
-    return 4 * (ARRAYS * denoiser.width / denoiser.lifted.factor**2 + 3 * denoiser.channels)
+    return 4 * (ARRAYS * denoiser.width + 3 * denoiser.channels)
 
 
 class Tiled(nn.Module):
@@ -47,7 +47,7 @@ class Tiled(nn.Module):
     def layout(self) -> tuple[int, int]:
         """(side, border): each tile is a square of ``side`` pixels and what is within ``border`` of it. Both are multiples of D's
         factor, so that tiles are unshuffled as the whole picture is."""
-        f = self.denoiser.lifted.factor
+        f = self.denoiser.alignment
         border = -(-self.denoiser.reach // f) * f
         side = int(min(self.memory / bytes_per_pixel(self.denoiser), 2.0**60) ** 0.5) - 2 * border
         side -= side % f

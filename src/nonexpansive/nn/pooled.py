@@ -1,0 +1,113 @@
+"""A learned activation that looks at groups of channels together: the gradient of a convex function of their energies.
+
+Elementwise shrinkage decides each coefficient alone. Where several are large together, as the colours, or the orientations of one
+edge, are, it shrinks too much: the amplitude √(Σ z²) of a group tells structure from noise better than each |z|.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nonexpansive.math.activation import TRANSCENDENTAL, Slopes
+from nonexpansive.math.rounding import up
+from nonexpansive.nn.spline import LEVEL_FLOOR, finite, relative_level
+
+PACE = 4.0
+"""The parameters are stored as fractions 1/PACE of the logits and logarithms that they stand for (a power of 2, so that this rounds
+nothing). Adam moves each parameter by about the learning rate a step: at the rate that suits a convolution's weights, logits crawl."""
+
+FLOOR = 1e-8
+"""ε in the energies: keeps the amplitude's gradient finite at 0."""
+
+
+class PooledRamps(nn.Module):
+    """σ(z)_j = z_j·(w_j + Σ_i W_ij s_i), s_i = Σ_k c_ki min(1, τ_ki/r_i), r_i = √(Σ_j W_ij z_j² + ε), for inputs (B, C, ...).
+
+    The channels j (axis 1) have shares W_ij ≥ 0 in G groups i, learned, whose amplitudes r_i are compared with thresholds. With
+    one group a channel and W the identity this is Σ_k c_k clip(z, -τ_k, τ_k).
+
+    σ = ∇Γ with Γ(z) = ½Σ_j w_j z_j² + Σ_ik c_ki H_ki(r_i), H' = min(r, τ). Each term's gradient is D·P(Dz), D = diag(√W_i·), where
+    P takes z to the part in C of the nearest point to (z, √ε) in the ball of radius τ: P is the gradient of a convex function
+    and non-expansive. So Γ is convex and its Hessian lies between 0 and diag(w_j + Σ_i W_ij Σ_k c_ki) ≤ 1: in a gradient flow
+    σ does all that a non-decreasing elementwise σ with slopes in [0, 1] does.
+
+    (w, W) = softmax over the groups and the share w that is left alone, c = softmax over k, τ_ki = exp(θ_ki) level^ψ_ki with ψ =
+    softplus(·) ≥ 0. Learned: the logits of both, θ and ψ. ``ramps`` is the number of k; ``threshold`` the scale of the initial τ, in
+    the units of z; channel j begins in group j modulo G.
+    """
+
+    def __init__(self, channels: int, groups: int, ramps: int = 2, threshold: float = 0.1) -> None:
+        super().__init__()
+        if channels < 1 or groups < 1 or ramps < 1 or not threshold > 0:
+            raise ValueError("needs channels ≥ 1, groups ≥ 1, ramps ≥ 1 and a threshold > 0")
+        spread = torch.linspace(-0.5, 1.0, ramps) if ramps > 1 else torch.zeros(1)
+        shares = torch.zeros(1 + groups, channels)
+        shares[0] = -3.0
+        shares[1 + torch.arange(channels) % groups, torch.arange(channels)] = 2.0 + 0.5 * math.log(groups)
+        self.shares = nn.Parameter(shares / PACE)
+        self.mixture = nn.Parameter(torch.zeros(ramps, groups))
+        self.log_threshold = nn.Parameter((math.log(threshold) + spread)[:, None].repeat(1, groups) / PACE)
+        self.sensitivity = nn.Parameter(torch.full((ramps, groups), math.log(math.e - 1) / PACE))  # ψ = 1: τ ∝ level
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """w (C), W (G, C) and c (K, G): softmaxes, moved down by their own rounding error so that no sum exceeds 1."""
+        w, c = (
+            (PACE * table).softmax(0) * (1 - (len(table) + 3) * torch.finfo(table.dtype).eps)
+            for table in (self.shares, self.mixture)
+        )
+        return w[0], w[1:], c
+
+    def forward(self, z: Tensor, level: float | Tensor | None = None) -> Tensor:
+        """σ(z) at a level given as a number or (B,) tensor, relative to a reference (None: 1). Shape and dtype as z's.
+
+        Raises ValueError if z has not C channels along axis 1 or the levels are neither 1 nor B.
+        """
+        if z.ndim < 2 or z.shape[1] != self.shares.shape[1]:
+            raise ValueError(f"expects {self.shares.shape[1]} channels along axis 1, not shape {tuple(z.shape)}")
+        square = z * z if z.ndim == 4 else (z * z).reshape(*z.shape[:2], -1, 1)
+        w, pool, c = (table[..., None, None] for table in self.tables())
+        theta, psi = (
+            p[:, None, :, None, None] for p in (PACE * self.log_threshold, F.softplus(PACE * self.sensitivity))
+        )
+        tau = (theta + psi * relative_level(level, square, theta).log()).exp()
+        inverse = (F.conv2d(square, pool) + FLOOR).rsqrt()
+        s = sum(
+            (c_k.to(z.dtype) * (inverse * tau_k.to(z.dtype)).clamp(max=1.0) for c_k, tau_k in zip(c, tau, strict=True))
+        )
+        factor = F.conv_transpose2d(s, pool) + w.to(z.dtype)  # type: ignore[arg-type]
+        return z * factor.reshape(z.shape)
+
+    def slope_range(self) -> Slopes:
+        """Γ's Hessian lies in [0, 1] at every level; in evaluation mode the tables are looked at, and Refused is raised if they are
+        not numbers.
+
+        Rounding, for levels up to 1/LEVEL_FLOOR and in evaluation mode. Every quantity but z is a sum of products of positive numbers, so
+        relative errors add up: of a softmax of n entries 3n + 26 with its margin; of the energies C + 4 and of W; of 1/√ half of that
+        and its own; of the thresholds, as in ClippedRamps; of s, K + 2 and of c; of the last sum G + 3 and of W again; 1 for the product.
+        """
+        bounds = finite(self, Slopes(0.0, 1.0))
+        if self.training:
+            return bounds
+        w, pool, c = (table.detach().double() for table in self.tables())
+        within = [up(math.fsum(column)) for column in c.T.tolist()]
+        sums = (
+            math.fsum([own, *(share * sum_c for share, sum_c in zip(column, within, strict=True))])
+            for own, column in zip(w.tolist(), pool.T.tolist(), strict=True)
+        )
+        (groups, channels), ramps = pool.shape, len(c)
+        theta = PACE * float(self.log_threshold.detach().abs().max())
+        psi = float(F.softplus(PACE * self.sensitivity.detach()).max())
+        argument = theta - math.log(LEVEL_FLOOR) * psi * (2 * TRANSCENDENTAL + 2) + 2 * psi
+        shares = 3 * (groups + 1) + 26
+        ulps = (channels + 4 + shares) / 2 + TRANSCENDENTAL  # r
+        ulps += argument + TRANSCENDENTAL + ramps + 3 + 3 * ramps + 26  # τ and s
+        ulps += groups + 3 + shares + 1
+        return replace(bounds, high=max(1.0, *(up(total) for total in sums)), ulps=1.01 * ulps)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.shares.shape[1]}, groups={self.mixture.shape[1]}, ramps={len(self.mixture)}"
