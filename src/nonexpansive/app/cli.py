@@ -262,8 +262,9 @@ def models(json_file: Json = None) -> None:
         tasks = [task for task, chosen in checkpoint.DEFAULTS.items() if chosen == name]
         weights = sum(t.numel() for key, t in tensors.items() if not key.endswith("control.vector"))
         mark = f"  (default of {', '.join(tasks)})" if tasks else ""
-        alpha = header.claimed.get("averaged")
-        out.print(f"{name}: {header.architecture}, {weights:,} parameters, α ≤ {_ceil(alpha)}{mark}", markup=False)
+        alpha, lipschitz = header.claimed["averaged"], header.claimed["lipschitz"]
+        proved = f"α ≤ {_ceil(alpha)}" if alpha is not None else f"L ≤ {_ceil(lipschitz)}"
+        out.print(f"{name}: {header.architecture}, {weights:,} parameters, {proved}{mark}", markup=False)
         listed.append({"name": name, "parameters": weights, "default_of": tasks, **vars(header)})
     if json_file is not None:
         write_json(json_file, listed)
