@@ -473,41 +473,143 @@ def _astride(least: int, peak: float) -> tuple[int, float]:
 
 
 class _Symbol:
-    """K̂(ω) of a folded kernel (groups, out, in, *taps), transposed so that K̂ᴴK̂ is the smaller Gram matrix."""
+    """K̂ᴴK̂(ω) of a folded kernel (groups, out, in, *taps), transposed if need be so that this Gram matrix is the smaller one.
+
+    It is a polynomial itself, Σ_w S_w e^{-iω·w} with S_w = Σ_u K_uᵀK_{u+w}; S_{-w} = S_wᵀ leaves half of the w.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         if weight.shape[1] < weight.shape[2]:
             weight = weight.transpose(1, 2)
-        self.shape = tuple(weight.shape[:3])
-        sizes = weight.shape[3:]
+        groups, rows, columns, *sizes = weight.shape
+        self.shape = (groups, columns, columns)
         self.radii = [(k - 1) / 2 for k in sizes]
-        self.taps = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float64) for k in sizes)).view(-1, len(sizes))
-        self.kernel = weight.flatten(3).permute(3, 0, 1, 2).flatten(1)
-        groups, rows, columns = self.shape
-        self.flops = 8.0 * groups * columns * columns * (rows + columns)  # at one frequency
-        size = float(weight.abs().flatten(3).sum(-1).flatten(1).norm(dim=1).max())  # ‖K̂‖_F is never more
-        # phases: the angle's error, its cosine's, the products'; then a sum over the taps
-        self.slack = _U * (2 * len(self.taps) + 64 * sum(sizes) + 64) * size
+        taps = torch.cartesian_prod(*(torch.arange(k) for k in sizes)).view(-1, len(sizes))
+        places = torch.tensor([math.prod(2 * k - 1 for k in sizes[i + 1 :]) for i in range(len(sizes))])
+        middle = math.prod(2 * k - 1 for k in sizes) // 2
+        sums = torch.zeros(middle + 1, groups, columns, columns, dtype=torch.float64)
+        kernel = weight.flatten(3).permute(3, 0, 1, 2)
+        for tap, part in zip(taps, kernel, strict=True):
+            which = (taps - tap) @ places  # w, numbered; those after the middle one are left out
+            sums.index_add_(0, which[which >= 0], part.mT @ kernel[which >= 0])
+        ones = torch.tensor([k - 1 for k in sizes])
+        every = torch.cartesian_prod(*(torch.arange(2 * k - 1) for k in sizes)).view(-1, len(sizes)) - ones
+        self.shifts = every[middle:].double()
+        self.even = torch.cat([sums[:1], sums[1:] + sums[1:].mT]).flatten(1)
+        self.odd = (sums[1:].mT - sums[1:]).flatten(1)
+        self.flops = 4.0 * groups * columns * columns * (columns + len(self.shifts))  # at one frequency
+        size = float(
+            weight.abs().flatten(3).sum(-1).flatten(1).norm(dim=1).max()
+        )  # ‖Σ_u |K_u|‖_F, so ‖K̂‖ is never more
+        # of S_w, then of the sum over w; phases: the error of the angle, and of its cosine
+        self.slack = (4 * gamma(rows * len(taps) + len(every) + 8, _U) + _U * (256 * sum(sizes) + 256)) * size**2
         self.size = size
         self.at_once = max(1, int(_CHUNK / math.prod(self.shape)))
 
     def inflate(self, c: float) -> float:
         """c enlarged by all that rounding can hide, where every factorisation completed had c/2 ≤ t ≤ c.
 
-        The true σ₁ at a centre is at most √(t² + Δ) + ε, and t ↦ M cos(arccos(t/M) - ρ) does not stretch.
+        The true σ₁ at a centre is at most √(t² + Δ), and t ↦ M cos(arccos(t/M) - ρ) does not stretch.
         """
-        _, rows, columns = self.shape
-        gram = 4 * gamma(2 * rows + 4, _U) * self.size**2
-        cholesky = (4 * gamma(4 * columns + 8, _U) * columns + 4 * _U) * c**2
-        squared = gram + cholesky
-        return up(c * (1 + 64 * _U) + 2 * self.slack + 2 * min(math.sqrt(squared), squared / c), 8)
+        columns = self.shape[2]
+        squared = self.slack + (4 * gamma(4 * columns + 8, _U) * columns + 4 * _U) * c**2
+        return up(c * (1 + 64 * _U) + 2 * min(math.sqrt(squared), squared / c), 8)
 
     def gram(self, frequency: Tensor) -> Tensor:
         """K̂(ω)ᴴK̂(ω) for ω (points, axes): (points, groups, in, in)."""
-        angle = frequency @ self.taps.T
-        real, imaginary = ((f(angle) @ self.kernel).view(-1, *self.shape) for f in (torch.cos, torch.sin))
-        both, cross = torch.cat([real, imaginary], dim=-2), imaginary.mT @ real  # three real products: faster
-        return torch.complex(both.mT @ both, cross - cross.mT)
+        angle = frequency @ self.shifts.T
+        real, imaginary = angle.cos() @ self.even, angle[:, 1:].sin() @ self.odd
+        return torch.complex(real, imaginary).view(-1, *self.shape)
+
+
+class _Torus:
+    """Boxes, all of one size, that cover the frequencies up to sign, ω and -ω alike.
+
+    Where two axes have the same radius r, a box is a diamond in them: a square of half-width h in p, q = r(ω_i ± ω_j), whose
+    ρ = r(|δ_i| + |δ_j|) ≤ max(|δp|, |δq|) is h: half as many as of squares in ω. Up to periods and sign, p in [0, 4πr] and
+    q in [0, πr] are all.
+    """
+
+    filled = True
+
+    def __init__(self, radii: list[float]) -> None:
+        axes = len(radii)
+        pair = next(((i, j) for i, j in itertools.combinations(range(axes), 2) if radii[i] == radii[j] > 0), ())
+        self.basis = torch.eye(axes, dtype=torch.float64)
+        self.units: list[tuple[list[int], float]] = [([i], radii[i]) for i in range(axes) if i not in pair]
+        length = torch.full((axes,), 2 * math.pi, dtype=torch.float64)
+        if pair:
+            i, j = pair
+            r = radii[i]
+            self.units.append(([i, j], 1.0))
+            self.basis[i, i] = self.basis[i, j] = self.basis[j, i] = 1 / (2 * r)
+            self.basis[j, j] = -1 / (2 * r)
+            length[i], length[j] = 4 * math.pi * r, math.pi * r
+        else:
+            length[next((i for i in range(axes) if radii[i]), 0)] = math.pi
+        share = _COARSEST / max(1, sum(factor > 0 for _, factor in self.units))
+        count = [1] * axes
+        for unit, factor in self.units:
+            shortest = min(float(length[i]) for i in unit)
+            cells = max(1, math.ceil(factor * shortest / (2 * share)))
+            for i in unit:
+                count[i] = cells * round(float(length[i]) / shortest)
+        self.half = length / torch.tensor(count) / 2
+        grids = [(2 * torch.arange(n, dtype=torch.float64) + 1) * h for n, h in zip(count, self.half, strict=True)]
+        self.centre = torch.cartesian_prod(*grids).view(-1, axes)
+
+    def __len__(self) -> int:
+        return len(self.centre)
+
+    def centres(self) -> tuple[Tensor, Tensor]:
+        """ω and ρ of every box."""
+        rho = sum(factor * self.half[unit[0]] for unit, factor in self.units)
+        return self.centre @ self.basis, torch.full((len(self),), float(rho), dtype=torch.float64)
+
+    def split(self, keep: Tensor) -> None:
+        """Those of ``keep``, halved along what adds most to ρ; the others are gone."""
+        self.centre, extent = self.centre[keep], [factor * float(self.half[unit[0]]) for unit, factor in self.units]
+        for (unit, _), e in zip(self.units, extent, strict=True):
+            for i in unit if e > 0.51 * max(extent) else ():
+                self.half[i] /= 2
+                self.centre = torch.cat([self.centre, self.centre])
+                self.centre[: len(self) // 2, i] -= self.half[i]
+                self.centre[len(self) // 2 :, i] += self.half[i]
+
+
+class _Cells:
+    """Boxes that cover the points 2π(j + θ)/N, each ending at its outer points; half of the first axis is enough."""
+
+    filled = False
+
+    def __init__(self, radii: list[float], grid: _Grid) -> None:
+        self.cell = torch.tensor([2 * math.pi / n for n, _ in grid], dtype=torch.float64)
+        self.offset = torch.tensor([theta for _, theta in grid], dtype=torch.float64)
+        self.weight = self.cell * torch.tensor(radii, dtype=torch.float64)
+        self.start, self.length = torch.zeros(1, len(grid), dtype=torch.int64), torch.tensor([[n for n, _ in grid]])
+        first, theta = grid[0]
+        self.length[0, 0] = first // 2 + 1 if theta == 0 else (first + 1) // 2
+        while float(self.centres()[1].max()) > _COARSEST:
+            self.split(torch.ones(len(self), dtype=torch.bool))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def centres(self) -> tuple[Tensor, Tensor]:
+        reach = (self.length - 1).double() / 2
+        return (self.start + reach + self.offset) * self.cell, reach @ self.weight
+
+    def split(self, keep: Tensor) -> None:
+        start, length = self.start[keep], self.length[keep]
+        extent = (length.amax(0) - 1) * self.weight if len(start) else torch.zeros(0)
+        for i in (extent > 0.51 * extent.max()).nonzero().flatten().tolist() if len(extent) else ():
+            right = length[:, i] // 2
+            moved, kept, shrunk = start.clone(), length.clone(), length.clone()
+            kept[:, i] -= right
+            moved[:, i] += kept[:, i]
+            shrunk[:, i] = right
+            start, length = torch.cat([start, moved[right > 0]]), torch.cat([kept, shrunk[right > 0]])
+        self.start, self.length = start, length
 
 
 def _cover(
@@ -520,39 +622,25 @@ def _cover(
     """(c, ω): σ₁(K̂) ≤ c, within about ``tolerance`` of the largest, near ω; on the torus, or on the grid 2π(j + θ)/N.
 
     A grid needs the torus's own answer as ``ceiling``; it is given back where the grid is too dear or no better than
-    ``below``. Boxes are counted in units of 2π/N; on the torus they are filled, on a grid they end at their outer
-    points. As K̂(-ω) is the conjugate of K̂(ω), half of the first axis is enough.
+    ``below``. As K̂(-ω) is the conjugate of K̂(ω), half of the frequencies are enough.
     """
-    filled = grid is None
-    grid = grid or tuple((2**40, 0.0) for _ in symbol.radii)
-    cell = torch.tensor([2 * math.pi / n for n, _ in grid], dtype=torch.float64)
-    offset = torch.tensor([theta for _, theta in grid], dtype=torch.float64)
-    radii = torch.tensor(symbol.radii, dtype=torch.float64)
-    start, length = torch.zeros(1, len(grid), dtype=torch.int64), torch.tensor([[n for n, _ in grid]])
-    first, theta = grid[0]
-    length[0, 0] = first // 2 if filled else first // 2 + 1 if theta == 0 else (first + 1) // 2
-
-    def centres() -> tuple[Tensor, Tensor]:
-        reach = (length - (0 if filled else 1)) / 2
-        return (start + reach + offset) * cell, reach * cell @ radii
-
-    while float(centres()[1].max()) > _COARSEST:
-        start, length = _split(start, length, cell * radii)
-    values = torch.zeros(len(start), dtype=torch.float64)
-    if filled:
-        highest, where, values = _climb(symbol, centres()[0], length[0] * cell / 4 * (radii > 0))
+    if grid is None:
+        boxes = _Torus(symbol.radii)
+        step = boxes.centres()[1][0] / 2 / torch.tensor(symbol.radii).double()
+        highest, where, values = _climb(symbol, boxes.centres()[0], step.where(step.isfinite(), 0.0))
     else:  # the grid's points about ±peak
-        peak = torch.tensor(ceiling[1], dtype=torch.float64)
+        boxes, peak = _Cells(symbol.radii, grid), torch.tensor(ceiling[1], dtype=torch.float64)
         corners = torch.cartesian_prod(*(torch.arange(2.0, dtype=torch.float64) for _ in grid)).view(-1, len(grid))
-        nearest = torch.cat([(sign * peak / cell - offset).floor() + corners + offset for sign in (1, -1)]) * cell
-        highest, where = _largest(symbol.gram(nearest)), peak
+        nearest = [(sign * peak / boxes.cell - boxes.offset).floor() + corners + boxes.offset for sign in (1, -1)]
+        highest, where = _largest(symbol.gram(torch.cat(nearest) * boxes.cell)), peak
+        values = torch.zeros(len(boxes), dtype=torch.float64)
     target = max(1e-7 * symbol.size, highest * (1 + tolerance))
-    while len(start):
-        if not filled and (target >= below or len(start) * symbol.flops > _SYMBOL_FLOPS):
+    while len(boxes):
+        if not boxes.filled and (target >= below or len(boxes) * symbol.flops > _SYMBOL_FLOPS):
             return ceiling
-        frequency, rho = centres()
-        dear = filled and 2 ** len(grid) * len(start) * symbol.flops > _SYMBOL_FLOPS
-        closed = torch.zeros(len(start), dtype=torch.bool)
+        frequency, rho = boxes.centres()
+        dear = boxes.filled and 2 ** frequency.shape[1] * len(boxes) * symbol.flops > _SYMBOL_FLOPS
+        closed = torch.zeros(len(boxes), dtype=torch.bool)
         hopeful = (values <= _allowed(target, rho, ceiling[0]) ** 2).nonzero().flatten()
         for chunk in hopeful.split(symbol.at_once):
             gram, left = symbol.gram(frequency[chunk]), torch.arange(len(chunk))
@@ -566,8 +654,8 @@ def _cover(
                     break
                 # no use in splitting these: what is asked is too little
                 target = (1 + tolerance / 2) * max(target, _largest(gram[left[final]]))
-        start, length = _split(start[~closed], length[~closed], cell * radii)
-        values = torch.zeros(len(start), dtype=torch.float64)  # not estimated: nearly all of the small boxes pass
+        boxes.split(~closed)
+        values = torch.zeros(len(boxes), dtype=torch.float64)  # not estimated: nearly all of the small boxes pass
     return symbol.inflate(target), where.tolist()
 
 
@@ -575,21 +663,6 @@ def _allowed(c: float, rho: Tensor, ceiling: float) -> Tensor:
     """The largest σ₁ at a centre that keeps a box of angle ρ below c: M cos(arccos(c/M) + ρ), M the ceiling, or c."""
     away = math.sqrt((ceiling - c) * (ceiling + c)) if c < ceiling < math.inf else 0.0
     return c * rho.cos() - away * rho.sin()
-
-
-def _split(start: Tensor, length: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes halved along the axes on which they are wide, so that they stay about cubes in Σ r_i |ω_i|."""
-    if not len(start):
-        return start, length
-    extent = (length.amax(0) - 1) * weight
-    for i in (extent > 0.51 * extent.max()).nonzero().flatten().tolist():
-        right = length[:, i] // 2
-        moved, kept, shrunk = start.clone(), length.clone(), length.clone()
-        kept[:, i] -= right
-        moved[:, i] += kept[:, i]
-        shrunk[:, i] = right
-        start, length = torch.cat([start, moved[right > 0]]), torch.cat([kept, shrunk[right > 0]])
-    return start, length
 
 
 def _power(gram: Tensor, vector: Tensor, steps: int) -> tuple[Tensor, Tensor]:
