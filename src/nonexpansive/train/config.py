@@ -61,6 +61,8 @@ class TrainConfig:
         for name in ("weight_decay", "clip", "checkpoint_minutes"):
             _require(0 <= getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "finite, at least 0")
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "in [0, 2⁶³)")
+        decays = self.optimiser != "muon" or self.weight_decay == 0
+        _require(decays, "train.weight_decay", self.weight_decay, "0 with muon, which keeps the norms of the weights")
 
 
 @dataclass(frozen=True)
@@ -147,13 +149,7 @@ class Run:
     @classmethod
     def from_toml(cls, path: Path | str, overrides: Iterable[str] = ()) -> Run:
         """The run that a TOML file describes, after `overrides` such as `train.steps=100`. Raises `BadInput`."""
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise BadInput(f"{path}: not valid TOML ({error})") from error
-        return cls.from_dict(apply_overrides(values, overrides))
+        return cls.from_dict(apply_overrides(load_toml(path), overrides))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
@@ -187,6 +183,16 @@ class Run:
             "train": dataclasses.asdict(self.train),
         }
         return _plain(values)
+
+
+def load_toml(path: Path | str) -> dict[str, Any]:
+    """What a TOML file holds. Raises `BadInput`."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not valid TOML ({error})") from error
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -375,7 +375,7 @@ def _optimiser(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
         head = set(getattr(model, "head", nn.Module()).parameters())
         matrices = [p for p in parameters if p.ndim > 1 and p not in head]
         others = [p for p in parameters if p.ndim <= 1 or p in head]
-        return Muon(matrices, others, momentum=config.momentum, beta2=config.beta2, **shared)
+        return Muon(matrices, others, lr=config.learning_rate, momentum=config.momentum, beta2=config.beta2)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimiser]
     return kind(parameters, betas=(config.momentum, config.beta2), **shared)
 

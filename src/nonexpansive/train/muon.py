@@ -17,11 +17,13 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """W ← W - lr·(‖W‖/‖O‖)·O for each of ``matrices``, O the nearest orthogonal matrix to their momentum.
+    """W ← W - lr·(‖W‖/‖O‖)·O, brought back to ‖W‖, for each of ``matrices``, O the nearest orthogonal matrix to their momentum.
+
+    Frobenius norms, and so the scale beside biases, stay what they were. Left alone they would grow by up to lr a step: the
+    gradient of a scale-invariant function is orthogonal to W, but O is not.
 
     ``others`` (biases, the last layer) take steps of Adam with the rate lr/10 and the decays (β, β₂) = (``momentum``, ``beta2``).
-    ``weight_decay`` takes lr·weight_decay·W off the matrices in each step. Weights of more than two axes count as matrices with
-    their first axis as rows.
+    Weights of more than two axes count as matrices with their first axis as rows.
     """
 
     def __init__(
@@ -31,11 +33,10 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.05,
         momentum: float = 0.95,
         beta2: float = 0.99,
-        weight_decay: float = 0.0,
     ) -> None:
         kinds = {True: list(matrices), False: list(others)}
         groups = [{"params": params, "orthogonal": kind} for kind, params in kinds.items() if params]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "beta2": beta2})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -54,8 +55,9 @@ class Muon(torch.optim.Optimizer):
                     continue
                 ahead = p.grad.lerp(average, beta)  # Nesterov's momentum
                 direction = orthogonalised(ahead.flatten(1)).view(ahead.shape)
-                size = p.norm() / direction.norm().clamp_min(torch.finfo(p.dtype).tiny)
-                p.mul_(1 - rate * group["weight_decay"]).sub_(direction * (size * rate))
+                size, tiny = p.norm(), torch.finfo(p.dtype).tiny
+                p.sub_(direction * (rate * size / direction.norm().clamp_min(tiny)))
+                p.mul_(size / p.norm().clamp_min(tiny))
 
 
 def _adam(average: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, float]) -> Tensor:
