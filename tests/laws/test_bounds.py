@@ -145,6 +145,34 @@ def test_never_below_when_all_tolerances_are_tiny(monkeypatch: pytest.MonkeyPatc
         assert true <= min(by_symbol(layer, shape), norm_bound(layer)) * SVD_SLACK, f"{layer} at {shape}"
 
 
+def test_compressions_are_never_below_and_tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it starts from: an estimate that is too small must show in the part that is kept, or fail."""
+    monkeypatch.setattr(bounds, "_COMPRESSED_ORDER", 200)
+    tried = 0
+    for layer, shape in random_cases(300, 120):
+        convolution = bounds._read(layer)
+        sizes = convolution.sizes(shape)
+        if not convolution.weight.any() or len(convolution.weight) > 1 or not bounds._fits(convolution, sizes):
+            continue
+        true = norm(dense(layer, shape)) / 2.0**convolution.exponent
+        for share in (1.0, 0.97, 0.7) if true else ():
+            bound = bounds._group_bound(convolution, sizes, share * true)
+            assert true <= bound * SVD_SLACK, f"{layer} at {shape}, from {share} of the norm"
+        tried += 1
+    assert tried >= 8
+
+
+def test_compression_is_within_a_thousandth_where_the_operator_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "_GRAM_FLOPS", 0.0)
+    monkeypatch.setattr(bounds, "_COMPRESSED_ORDER", 1600)
+    torch.manual_seed(0)
+    layer, shape = nn.Conv2d(16, 16, 3, padding=1), (16, 10, 10)
+    convolution = bounds._read(layer)
+    true = bounds._lanczos(*convolution.normal(convolution.sizes(shape)), 150) * 2.0**convolution.exponent
+    assert true <= norm_bound(layer, shape) * SVD_SLACK
+    assert norm_bound(layer, shape) <= 1.001 * true < by_symbol(layer, shape) / 1.001
+
+
 def test_slabs_prove_the_same_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "_SMALL", 4)
     monkeypatch.setattr(bounds, "_SLAB", 1)

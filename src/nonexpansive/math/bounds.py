@@ -25,6 +25,16 @@ A box of half-widths h, ρ = Σ r_i h_i, whose centre has σ₁ ≤ c cos ρ can
 split (`_cover`). That σ₁² ≤ t² at a centre is *proved*, by a completed Cholesky factorisation of t²I - K̂ᴴK̂, not read
 off an eigenvalue routine; what eigenvalue routines and power methods say here only chooses what to try.
 
+**The operator compressed.** Zero padding, stride 1: let Ĥ(ω) = [0 K̂; K̂ᴴ 0], in channels turned so that the first d of
+either side hold most of A's leading singular vectors, be split into these (P) and the rest (Q). For any c > λ₁(Ĥ_QQ)
+
+    Ĥ ⪯ diag(S, cI) with S = Ĥ_PP + Ĥ_PQ (cI - Ĥ_QQ)⁻¹ Ĥ_QP.
+
+So it is on an N-grid, and so are the compressions to the box that holds the picture and the output, of which that of
+[0 A; Aᵀ 0] is a part: ‖A‖ ≤ max(c, λ₁(T(S))), T(S) Toeplitz with blocks of order 2d whatever the number of channels
+(`_compression_bound`). The symbol's supremum exceeds ‖A‖ by O(1/n²), this by O(1/n³) and less as d grows. S comes from
+a Cholesky factorisation of cI - Ĥ_QQ, T(S) from sums over the grid; λ₁(T(S)) is proved by one of c I - T(S).
+
 **The operator itself.** Where affordable, cI - AᵀA (or cI - AAᵀ) is factorised whole: ordered along one axis it is
 block tridiagonal (`_Gram`). That is right for every padding mode and as tight as wished.
 
@@ -39,7 +49,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -66,12 +76,16 @@ _TOLERANCE_AT_SHAPE = 4e-4
 _COARSEST = 0.4  # boxes with a larger ρ are split unseen: cos ρ would be too small to prove much
 _LOOSEST = 4.9e-3  # accepted where refining further is too dear: a symbol that is flat has no boxes to discard
 _SYMBOL_FLOPS = 4e10
-_GRAM_FLOPS = 1e11  # about 2 s on two cores
+_GRAM_FLOPS = 1.2e11  # about 3 s on one core
 _GRAM_FLOPS_AT_ONCE = 2e8  # so cheap that the symbol is not even looked at
 _ENTRIES = 2e7  # of the largest arrays, 160 MB
 _CHUNK = 300_000  # entries of the symbol formed at once: what stays in a processor's cache
 _SLAB = 128  # slabs are not made thinner than this order
 _ORDER = 2**17  # of a Gram matrix: Lanczos keeps 40 vectors
+_COMPRESSED_ORDER = 4096  # of a scalar Toeplitz matrix: 134 MB, factorised in about a second
+_MOST_KEPT = 16  # directions of either side that are kept exactly
+_SUBSPACE = 8  # leading singular vectors that choose them
+_MARGIN = 2e-4  # above the estimate, for what is not kept
 _SMALL = 256  # the order of a Gram matrix whose eigenvalues are computed
 
 
@@ -81,10 +95,10 @@ def norm_bound(layer: nn.Module, shape: Sequence[int] | None = None) -> float:
 
     ``shape`` None: for every input size at once. Never below the true norm, rounding included.
 
-    Tightness, stride 1, zero or circular padding: at any size at most 1.005 sup σ₁(K̂); at a shape at most 1.001 ‖A‖
-    for circular padding that keeps the size, and for zero padding wherever factorising the operator takes up to about
-    1e11 operations (3x3: 64 channels up to 12x12, 16 up to 32x32, 3 up to 128x128) and again where n is so large, about
-    100 for 3x3, that boundaries no longer matter; in between the excess is a few tenths of a percent, falling as 1/n².
+    Tightness, stride 1, zero or circular padding: at any size at most 1.005 sup σ₁(K̂); at a shape at most 1.001 ‖A‖ for
+    circular padding that keeps the size, and for zero padding on random 3x3 kernels of up to 64 channels from n = 8 (see
+    benchmarks/README.md). Factorising the operator (up to 1.2e11 operations: 64 channels up to 15x15, 3 up to 128x128) is
+    tight for every kernel; beyond, the excess falls as 1/n³, with no more than a thousand pixels, or as 1/n².
 
     Layers: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, possibly parametrized (a parametrization that changes with
     every use in training needs eval mode), and any module with a method ``norm_bound(shape)``, whose value is trusted.
@@ -419,6 +433,8 @@ def _bound(convolution: _Convolution, sizes: _Sizes | None) -> float:
     matters = convolution.factor(sizes) > 1.001 or not _is_large(convolution, sizes)
     if matters and gram.flops <= _GRAM_FLOPS and best > gram.estimate * (1 + 5e-4):
         best = min(best, gram.bound())
+    elif matters and _fits(convolution, sizes):
+        best = min(best, _compression_bound(convolution, sizes, best))
     return best
 
 
@@ -714,6 +730,144 @@ def _positive_definite(c: Tensor, gram: Tensor) -> Tensor:
     return ((info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)).all(-1)
 
 
+def _boxes(convolution: _Convolution, sizes: _Sizes) -> list[tuple[int, int]]:
+    """(N, p) per axis: N frequencies, and the length p of the box that holds inputs and outputs, of tap k//2 at each other's
+    place; empty where that is not worked out: for strides, dilations and paddings other than zeros."""
+    boxes = []
+    for axis, (n, m) in zip(convolution.axes, sizes, strict=True):
+        if (axis.stride, axis.dilation, axis.mode) != (1, 1, "zeros"):
+            return []
+        middle = axis.taps // 2
+        p = max(axis.lo + n, middle + m) - min(axis.lo, middle)
+        boxes.append((max(axis.embedding(n, m)[0], p) + p // 2, p) if axis.taps > 1 else (1, 1))
+    return boxes
+
+
+def _fits(convolution: _Convolution, sizes: _Sizes) -> bool:
+    return 0 < 4 * math.prod(p for _, p in _boxes(convolution, sizes) or [(0, 0)]) <= _COMPRESSED_ORDER
+
+
+def _compression_bound(convolution: _Convolution, sizes: _Sizes, enough: float) -> float:
+    """‖A‖ by Schur complements of the symbol (see above), largest group; inf where it fails.
+
+    ``enough`` is a bound that is known: nothing is done where it is within 5e-4 of an estimate.
+    """
+    bound = 0.0
+    for weight in convolution.weight.split(1):
+        group = replace(convolution, weight=weight)
+        estimate = _lanczos(*group.normal(sizes))
+        bound = max(bound, _group_bound(group, sizes, estimate) if enough > estimate * (1 + 5e-4) else enough)
+    return bound
+
+
+def _group_bound(convolution: _Convolution, sizes: _Sizes, estimate: float) -> float:
+    """The same for one group, with c a little above ``estimate``: a bound whatever that is."""
+    boxes, c = _boxes(convolution, sizes), estimate * (1 + _MARGIN)
+    weight = convolution.weight[0].flatten(2)
+    rows, columns, taps = weight.shape
+    d = min(rows, columns, _MOST_KEPT, _COMPRESSED_ORDER // (2 * math.prod(p for _, p in boxes)))
+    u, v = _principal(convolution, sizes)
+    kernel = torch.einsum("or,oct,cs->rst", u, weight, v)
+    moved = (
+        torch.einsum("or,oc,cs->rs", u.abs(), weight.abs().sum(2), v.abs()).norm() * 4 * gamma(rows + columns + 8, _U)
+    )
+    # of UᵀU - I and VᵀV - I, measured; what rounding hides of them is far below their own
+    skew = sum(
+        float((q.T @ q - torch.eye(len(q), dtype=q.dtype)).norm()) + 2 * gamma(len(q) + 2, _U) * len(q) for q in (u, v)
+    )
+    assert skew < 1e-6
+
+    counts = [(n // 2 + 1 if i == 0 else n) for i, (n, _) in enumerate(boxes)]
+    numbers = torch.cartesian_prod(*(torch.arange(count) for count in counts)).view(-1, len(boxes))
+    places = [torch.arange(axis.taps) - axis.taps // 2 for axis in convolution.axes]
+    places = torch.cartesian_prod(*places).view(-1, len(boxes))
+    grid = torch.tensor([n for n, _ in boxes])
+    symbols, q = [], rows + columns - 2 * d
+    rounding = 0.0
+    for chunk in numbers.split(max(1, int(_CHUNK / (rows + columns) ** 2))):
+        angle = 2 * math.pi * ((chunk[:, None] * places % grid).double() / grid).sum(2)
+        k = torch.polar(torch.ones_like(angle), angle) @ kernel.permute(2, 0, 1).flatten(1).to(torch.complex128)
+        k = k.view(-1, rows, columns)
+        inner = _dilated(-k[:, d:, d:])
+        inner.diagonal(dim1=1, dim2=2).add_(c)
+        coupling = k.new_zeros(len(k), q, 2 * d)
+        coupling[:, : rows - d, d:], coupling[:, rows - d :, :d] = k[:, d:, :d], k[:, :d, d:].mH
+        factor, info = torch.linalg.cholesky_ex(inner)
+        if info.any() or not factor.diagonal(dim1=1, dim2=2).isfinite().all():
+            return math.inf
+        part = torch.linalg.solve_triangular(factor, coupling, upper=False)
+        symbols.append(_dilated(k[:, :d, :d]) + part.mH @ part)
+        traces = part.abs().square().sum((1, 2)) + k.abs().square().sum((1, 2)).sqrt() * 2 * d
+        rounding = max(rounding, 2 * (q * c + float(traces.max())) * 4 * gamma(4 * (q + 2 * d) + 8, _U))
+    symbol = torch.cat(symbols).view(*counts, 2 * d, 2 * d)
+    matrix = _toeplitz(symbol, boxes)
+    top = _lanczos(lambda x: matrix @ x, len(matrix), 80) ** 2
+    for margin in (1e-5, 1e-4, 1e-3):
+        c = max(c, top * (1 + margin))
+        if _positive_definite(torch.tensor([c], dtype=torch.float64), matrix[None, None])[0]:
+            break
+    else:
+        return math.inf
+    size = float(kernel.abs().sum(2).norm())
+    rounding += _U * (2 * taps + 64 * sum(convolution.weight.shape[3:]) + 64) * size  # of K̂
+    rounding += (4 * gamma(len(matrix) + 2, _U) * len(matrix) + 4 * _U) * c
+    entry = gamma(4 * sum(n for n, _ in boxes) + 64, _U) * 2 * float(symbol.abs().max())
+    rounding += math.prod(2 * p - 1 for _, p in boxes) * 2 * d * entry + float(moved)
+    return up((c + rounding) * (1 + 2 * skew), 8)
+
+
+def _dilated(k: Tensor) -> Tensor:
+    """[0 K; Kᴴ 0]."""
+    rows, columns = k.shape[1:]
+    out = k.new_zeros(len(k), rows + columns, rows + columns)
+    out[:, :rows, rows:], out[:, rows:, :rows] = k, k.mH
+    return out
+
+
+def _principal(convolution: _Convolution, sizes: _Sizes) -> tuple[Tensor, Tensor]:
+    """Orthogonal (out, out) and (in, in): channels by what they hold of A's leading singular vectors, the most first.
+
+    By subspace iteration in float32: any two bases are right, these make the bound tight.
+    """
+    single = replace(convolution, weight=convolution.weight.float())
+    shape = (_SUBSPACE, convolution.weight.shape[2], *(n for n, _ in sizes))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(30):
+        x = torch.linalg.qr(x.flatten(1).T)[0].T.reshape(-1, *shape[1:]).requires_grad_()
+        with torch.enable_grad():
+            y = single.apply(x, sizes)
+            (ahead,) = torch.autograd.grad(y, x, y.detach())
+        x, last, y = ahead, x.detach(), y.detach()
+    squares, turn = torch.linalg.eigh((y.flatten(1) @ y.flatten(1).T).double())
+    weights = (squares / squares[-1]).clamp_min(0) ** 10
+    bases = []
+    for vectors in (y, last):
+        parts = (turn.T @ vectors.flatten(1).double()).view(len(turn), vectors.shape[1], -1)
+        covariance = torch.einsum("mcp,mdp,m->cd", parts, parts, weights)
+        bases.append(torch.linalg.eigh(covariance)[1].flip(1))
+    return bases[0], bases[1]
+
+
+def _toeplitz(symbol: Tensor, boxes: list[tuple[int, int]]) -> Tensor:
+    """The compression to the box of the cyclic operator with this symbol on the grid (half of its first axis): symmetric."""
+    coefficients, order = symbol, symbol.shape[-1]
+    for i, (n, p) in enumerate(boxes):
+        w, j = torch.arange(1 - p, p), torch.arange(symbol.shape[i])
+        angle = 2 * math.pi * ((w[:, None] * j) % n).double() / n
+        share = torch.full((len(j),), 1.0 / n, dtype=torch.float64)
+        if i == 0:
+            share[(j > 0) & (2 * j < n)] *= 2  # for the conjugate half
+        wave = torch.polar(share.expand(len(w), -1).contiguous(), angle)
+        coefficients = torch.tensordot(wave, coefficients.movedim(i, 0), 1).movedim(0, i)
+    matrix = coefficients.real
+    for i, (_, p) in enumerate(boxes):
+        away = torch.arange(p)[:, None] - torch.arange(p) + p - 1
+        matrix = matrix.index_select(2 * i, away.flatten()).unflatten(2 * i, (p, p))
+    axes = range(0, 2 * len(boxes) + 2, 2)
+    size = order * math.prod(p for _, p in boxes)
+    return matrix.permute(*axes, *(i + 1 for i in axes)).reshape(size, size)
+
+
 class _Gram:
     """G = AᵀA or AAᵀ, whichever is cheaper, ordered along one axis in slabs so wide that only neighbours couple.
 
@@ -736,7 +890,7 @@ class _Gram:
             band = _Incidence.of(self.convolution.axes[i], *self.sizes[i], rowwise).band
             width = min(n, max(1, band, _SLAB * n // order))
         slabs, block, slice_ = -(-n // width), order // n * width, order // n * taps[i]
-        flops = groups * block**3 * (3.4 * slabs if slabs > 1 else 1.0)
+        flops = groups * block**3 * (2.0 * slabs if slabs > 1 else 1.0)
         taps_squared = (self.convolution.weight.shape[1 if rowwise else 2] * math.prod(taps)) ** 2
         fits = groups * max(block**2, slice_**2, taps_squared) <= _ENTRIES and groups * order <= _ORDER
         return flops if fits or self.convolution.linear else math.inf, rowwise, i, width
@@ -762,18 +916,36 @@ class _Gram:
 
     def _proves(self, c: float) -> bool:
         diagonal, upper = self.slabs
-        coupling: Tensor | None = None
+        coupling: list[tuple[int, int, Tensor]] = []  # columns from, rows from, the rest
         for j, block in enumerate(diagonal):
             shifted = -block
             shifted.diagonal(dim1=1, dim2=2).add_(c)
-            if coupling is not None:
-                shifted -= coupling.mT @ coupling
+            for (at, top, right), (at_, top_, left) in itertools.combinations_with_replacement(coupling, 2):
+                low = max(top, top_)  # only the lower triangle is read
+                part = shifted[:, at_ : at_ + left.shape[2], at : at + right.shape[2]]
+                part -= left[:, low - top_ :].mT @ right[:, low - top :]
             factor, info = torch.linalg.cholesky_ex(shifted)
             if info.any() or not factor.diagonal(dim1=1, dim2=2).isfinite().all():
                 return False
-            if j < len(upper):
-                coupling = torch.linalg.solve_triangular(factor, -upper[j], upper=False)
+            coupling = []
+            for at, top, part in self._coupled[id(upper[j])] if j < len(upper) else ():
+                coupling.append((at, top, torch.linalg.solve_triangular(factor[:, top:, top:], -part, upper=False)))
         return True
+
+    @cached_property
+    def _coupled(self) -> dict[int, list[tuple[int, int, Tensor]]]:
+        """The blocks above the diagonal, by place in memory, in strips of columns (from, rows from, what is not zero)."""
+        strips: dict[int, list[tuple[int, int, Tensor]]] = {}
+        for block in self.slabs[1]:
+            if id(block) not in strips:
+                pixel = self._order(self.rowwise) // self.sizes[self.axis][self.rowwise]
+                wide, strips[id(block)] = max(pixel, -(-block.shape[2] // (4 * pixel)) * pixel), []
+                for at in range(0, block.shape[2], wide):
+                    part = block[:, :, at : at + wide]
+                    rows = part.any(2).any(0).nonzero()
+                    if len(rows):
+                        strips[id(block)].append((at, int(rows[0]), part[:, int(rows[0]) :].contiguous()))
+        return strips
 
     @cached_property
     def estimate(self) -> float:
@@ -814,7 +986,8 @@ class _Gram:
                 sides = [(incidence.pixels, incidence.pixels) for incidence in others] + [overlap.shape[2:]]
                 entries = product.movedim(3, -1) @ overlap.flatten(2).flatten(0, 1)
                 entries = entries.view(groups, channels, channels, *(n for side in sides for n in side))
-                entries = entries.permute(0, 1, *range(3, entries.ndim, 2), 2, *range(4, entries.ndim, 2))
+                last = entries.ndim - 1  # the slab's own axis comes first, so that far pixels' zeros lie together
+                entries = entries.permute(0, last - 1, 1, *range(3, last - 1, 2), last, 2, *range(4, last, 2))
                 made[key] = entries.reshape(groups, channels * math.prod(n for n, _ in sides), -1)
             return made[key]
 
