@@ -115,8 +115,9 @@ def plug_and_play(model: Denoiser, method: Method, sigma: float | None = None, t
     return restore
 
 
-def methods(boundary: Boundary) -> list[Method]:
-    return ["half-quadratic", "forward-backward"] if boundary == "circular" else ["forward-backward"]
+def methods(arguments: argparse.Namespace) -> list[Method]:
+    """Those asked for, of those that suit the boundary: half-quadratic needs a circular one."""
+    return [method for method in arguments.methods if arguments.boundary == "circular" or method == "forward-backward"]
 
 
 def compare(arguments: argparse.Namespace, model: Denoiser, photos: PhotoFolder, kernels: list[Tensor]) -> None:
@@ -124,7 +125,7 @@ def compare(arguments: argparse.Namespace, model: Denoiser, photos: PhotoFolder,
     for noise in arguments.noise:
         given = list(problems(photos, kernels, noise, arguments.boundary, arguments.crop))
         ways = {"blurred input": nothing, "total variation": total_variation(WEIGHTS[noise])}
-        ways |= {method: plug_and_play(model, method) for method in methods(arguments.boundary)}
+        ways |= {method: plug_and_play(model, method) for method in methods(arguments)}
         scores = {name: run(way, given) for name, way in ways.items()}
         rows = [[name, *score.row()] for name, score in scores.items()]
         title = f"Noise {noise:g}/255, {len(given)} photographs, {arguments.boundary} boundary"
@@ -138,7 +139,7 @@ def search(arguments: argparse.Namespace, model: Denoiser, photos: PhotoFolder, 
     """Every pair of a level (a multiple of the noise, plus a floor) and a step, best first; then the total variation."""
     for noise in arguments.noise:
         given = list(problems(photos, kernels, noise, arguments.boundary, arguments.crop))
-        for method in methods(arguments.boundary):
+        for method in methods(arguments):
             rows = []
             # forward-backward takes the longest step that there is: shorter ones only mean more of them at a lower level
             trusts = arguments.trusts if method == "half-quadratic" else [None]
@@ -176,6 +177,8 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=KERNELS, help="files or forms such as shake:27,seed=3")
     parser.add_argument("--noise", nargs="+", type=float, default=[2.55, 7.65])
     parser.add_argument("--boundary", choices=["circular", "valid"], default="circular")
+    both = ["half-quadratic", "forward-backward"]
+    parser.add_argument("--methods", nargs="+", choices=both, default=both, help="certified iterations to run")
     parser.add_argument("--crop", type=int, default=256, help="pixels a side")
     parser.add_argument("--limit", type=int, default=10, help="only the first so many photographs")
     parser.add_argument("--threads", type=int, default=1)

@@ -9,6 +9,7 @@ is seeded by level and photograph and is not clipped, nor is the output. Grey is
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import time
@@ -59,11 +60,16 @@ def learned(model: Denoiser) -> Callable[[Tensor, float], Tensor]:
     return run
 
 
-def measure(restore: Callable[[Tensor, float], Tensor], clean: list[Tensor], levels: list[float]) -> dict[str, Any]:
-    """PSNR of every photograph at every level, and the seconds that a photograph takes."""
+def measure(
+    restore: Callable[[Tensor, float], Tensor], clean: list[Tensor], levels: list[float], known: dict[str, Any]
+) -> dict[str, Any]:
+    """PSNR of every photograph at every level, and the seconds that a photograph takes; what is ``known`` is not measured again."""
     psnr: dict[str, list[float]] = {}
-    seconds = []
+    seconds: list[float] = [known["seconds"]] if known else []
     for level in levels:
+        if known and f"{level:g}" in known["each"]:
+            psnr[f"{level:g}"] = known["each"][f"{level:g}"]
+            continue
         psnr[f"{level:g}"] = scores = []
         for index, x in enumerate(clean):
             y = noisy(x, level, index)
@@ -73,6 +79,12 @@ def measure(restore: Callable[[Tensor, float], Tensor], clean: list[Tensor], lev
             scores.append(float(peak_signal_noise_ratio(restored, x, data_range=1.0)))
     means = {level: statistics.fmean(scores) for level, scores in psnr.items()}
     return {"psnr": means, "seconds": statistics.median(seconds), "each": psnr}
+
+
+def earlier(file: Path | None, kind: str, photographs: list[str]) -> dict[str, Any]:
+    """What an earlier result holds of the total variation on the same photographs: nothing, or a result of ``measure``."""
+    found = json.loads(file.read_text()).get(kind, {}) if file else {}
+    return found["methods"]["total variation"] if found.get("photographs") == photographs else {}
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -87,12 +99,13 @@ def compare(arguments: argparse.Namespace) -> None:
         photos = PhotoFolder(arguments.data, channels, select=select, limit=arguments.limit)
         clean, shape = pictures(photos), tuple(photos[0].shape)
         rows: dict[str, tuple[dict[str, Any], float | None]] = {}
-        rows["total variation"] = (measure(total_variation(channels), clean, arguments.levels), None)
+        kind = {3: "colour", 1: "grey"}[channels]
+        known = earlier(arguments.baseline, kind, photos.names)
+        rows["total variation"] = (measure(total_variation(channels), clean, arguments.levels, known), None)
         for name, model in models.items():
             if model.channels == channels:
                 alpha = nonexpansive.certify(model, shape).averaged
-                rows[name] = measure(learned(model), clean, arguments.levels), alpha
-        kind = {3: "colour", 1: "grey"}[channels]
+                rows[name] = measure(learned(model), clean, arguments.levels, {}), alpha
         show(f"{kind}, {len(clean)} photographs: PSNR in dB at noise of level /255", arguments.levels, rows)
         methods = {name: {**measured, "averaged": alpha} for name, (measured, alpha) in rows.items()}
         result[kind] = {"photographs": photos.names, "methods": methods}
@@ -140,6 +153,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first so many photographs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result, with every photograph's PSNR")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="take the total variation from this earlier result, where it has it",
+    )
     parser.add_argument("--tune", type=Path, metavar="DIR", help="tune the total variation on this folder instead")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -3,6 +3,7 @@
 from nonexpansive.nn.control import AdaptiveSteps, CappedStep, MaximalStep, NormControl, Rescale
 from nonexpansive.nn.flow import GradientFlow, project
 from nonexpansive.nn.implicit import Resolvent
+from nonexpansive.nn.pooled import PooledRamps
 from nonexpansive.nn.resize import Lifted, Relaxed, Residual, Scale
 from nonexpansive.nn.sort import GroupSort, MaxMin
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
@@ -18,6 +19,7 @@ __all__ = [
     "MaxMin",
     "MaximalStep",
     "NormControl",
+    "PooledRamps",
     "Relaxed",
     "Rescale",
     "Residual",

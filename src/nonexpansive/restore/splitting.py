@@ -5,7 +5,7 @@ splitting is a chain of small maps with known averagedness, so that its own α i
 Combettes, *Convex Analysis and Monotone Operator Theory in Hilbert Spaces*; Combettes & Yamada 2015, arXiv:1407.5100):
 
 - gradient step I - τ∇f with τ < 2/L_f: α = τL_f/2;   proximal step prox_{τf}: α = 1/2;   projection on [0,1]ⁿ: α = 1/2;
-- forward-backward D∘(I - τ∇f); half-quadratic prox_{τf}∘D; Douglas-Rachford ½I + ½(2prox_{τf} - I)(2D - I).
+- forward-backward D∘(I - τ∇f); half-quadratic D∘prox_{τf}; Douglas-Rachford ½I + ½(2prox_{τf} - I)(2D - I).
 
 If T is averaged and has a fixed point, x_{k+1} = T(x_k) converges to one and ‖x_{k+1} - x_k‖ never increases. On a bounded set one
 exists (Brouwer): ``box=True`` ends T with the projection on [0,1]ⁿ.
@@ -162,7 +162,7 @@ class ForwardBackward(Splitting):
 
 
 class HalfQuadratic(Splitting):
-    """prox_{τf}∘D, parameters fixed."""
+    """D∘prox_{τf}, parameters fixed: half-quadratic splitting, read after the denoiser rather than after the data step."""
 
     method = "half-quadratic"
 
@@ -242,7 +242,7 @@ def splitting(
     if method == "forward-backward":
         return ForwardBackward(GradientStep(data, y, tau), prior, *end)
     if method == "half-quadratic":
-        return HalfQuadratic(prior, ProximalStep(data, y, tau), *end)
+        return HalfQuadratic(ProximalStep(data, y, tau), prior, *end)
     if method == "douglas-rachford":
         if box:
             raise BadInput(
