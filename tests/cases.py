@@ -29,7 +29,14 @@ from nonexpansive.nn import (
     Resolvent,
     Scale,
 )
-from nonexpansive.nn.classifier import Centre, Channels, Symmetrised, flow_classifier, paper_classifier
+from nonexpansive.nn.classifier import (
+    Centre,
+    Channels,
+    Symmetrised,
+    dense_classifier,
+    flow_classifier,
+    paper_classifier,
+)
 from nonexpansive.nn.models import Denoiser
 from nonexpansive.restore.splitting import (
     AtLevel,
@@ -365,6 +372,9 @@ _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
     ("Symmetrised", lambda: Symmetrised(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), MaxMin(), nn.Flatten()), [1, 2]), (2, 4, 3), True),
     ("classifier", lambda: paper_classifier((3, 8, 8), 3, blocks=1), (3, 8, 8), True),
     ("classifier, ordinary", lambda: paper_classifier((1, 8, 8), 3, blocks=1, ordinary=True), (1, 8, 8), True),
+    ("classifier, rescaled", lambda: paper_classifier((1, 8, 8), 3, blocks=1, rescaled=True), (1, 8, 8), True),
+    ("classifier, dense", lambda: dense_classifier((1, 3, 3), 3, depth=2), (1, 3, 3), True),
+    ("classifier, dense, ordinary", lambda: dense_classifier((1, 3, 3), 3, depth=2, ordinary=True), (1, 3, 3), True),
     ("classifier of flows", lambda: flow_classifier(
         (1, 4, 6), 3, [{"unshuffle": 2, "channels": 8, "kernels": [3]}, {"channels": 6, "kernels": [1]}]), (1, 4, 6), True),
     ("classifier, symmetrised", lambda: flow_classifier(

@@ -222,6 +222,12 @@ def test_the_base_class_decides_nothing() -> None:
         NormControl().training_step(torch.ones(()), 1.0, EULER)
 
 
+def test_a_bound_is_the_same_in_every_memory_layout() -> None:
+    linear = nn.Conv2d(4, 4, 1)  # of a 1x1 kernel torch says in either layout that it is contiguous
+    bounds = [sound_norm(linear.to(memory_format=kind)) for kind in (torch.contiguous_format, torch.channels_last)]  # type: ignore
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-9)
+
+
 def test_bounds_are_remembered_by_content() -> None:
     linear = nn.Linear(3, 3)
     first = sound_norm(linear)

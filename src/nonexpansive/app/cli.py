@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +21,12 @@ from torch import Tensor
 
 import nonexpansive
 from nonexpansive import checkpoint
+from nonexpansive.app.experiments import experiment
 from nonexpansive.app.images import Photograph, read_image, write_image
 from nonexpansive.app.output import check_writable, write_json
 from nonexpansive.errors import BadInput, NonexpansiveError, Refused
 from nonexpansive.math.certificate import certify
-from nonexpansive.nn.models import Denoiser, build
+from nonexpansive.nn.models import Denoiser
 from nonexpansive.restore import blur, degrade, plan
 from nonexpansive.restore.physics import KERNEL_FORMS, image_shape, kernel, noise_level
 from nonexpansive.restore.tiles import Tiled
@@ -292,26 +292,22 @@ def train(
 ) -> None:
     """Train a model; killed at any moment, the same command resumes to the same result. Runs under torchrun as it is."""
     from nonexpansive.experiments import shipped
-    from nonexpansive.train import Run, build_task, fit
+    from nonexpansive.experiments.training import train as fitted
+    from nonexpansive.train import Run
 
     if json_file is not None:
         check_writable(json_file, suffixes=(".json",))
     if threads:
         torch.set_num_threads(threads)
     run = Run.from_toml(shipped(config), settings or ())
-    task = build_task(run, data)
-    run = replace(run, kwargs={**getattr(task, "model_settings", {}), **run.kwargs})
-    torch.manual_seed(run.train.seed)
-    network = build(run.model, **run.kwargs)
-
-    def export(module: torch.nn.Module, path: Path, about: dict[str, Any]) -> None:
-        checkpoint.save(path, module, run.model, run.kwargs, about)
-
-    best = fit(run, network, task, output, accelerator=accelerator, devices=devices, export=export)
+    best = fitted(run, data, output, accelerator=accelerator, devices=devices)
     out.print(f"best weights: {best}")
     if json_file is not None:
         header, _ = checkpoint.read(best)
         write_json(json_file, {"command": "train", "best": best, **vars(header)})
+
+
+app.command(epilog=CODES)(experiment)
 
 
 # ------------------------------------------------------------------------------------------------------------------- helpers

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from nonexpansive.errors import BadInput, Refused
@@ -30,7 +31,7 @@ from nonexpansive.math.certificate import (
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import euclidean, root, times
 from nonexpansive.nn.flow import GradientFlow
-from nonexpansive.nn.resize import Residual
+from nonexpansive.nn.resize import Residual, Scale
 from nonexpansive.nn.sort import MaxMin
 
 
@@ -124,9 +125,9 @@ class Symmetrised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             return self.inner(x)
-        views = [shifted(x, d) for s in self.shifts for d in ({(s, s), (-s, -s)})]
-        total = sum(self.inner(view) + self.inner(view.flip(-1)) for view in views)
-        return total * (1 / (2 * len(views)))
+        views = [shifted(x, by) for s in self.shifts for by in {(s, s), (-s, -s)}]
+        outputs = [self.inner(seen) for view in views for seen in (view, view.flip(-1))]
+        return torch.stack(outputs).sum(0) * (1 / len(outputs))
 
     def extra_repr(self) -> str:
         return f"shifts={self.shifts}"
@@ -207,15 +208,16 @@ def flow_classifier(
     mean: Sequence[float] | None = None,
     activation: str = "relu",
     control: str = "maximal",
+    sorting: bool = True,
     symmetrised: bool = False,
     shifts: Sequence[int] = (),
 ) -> Classifier:
-    """A 1-Lipschitz classifier: in each stage pixel-unshuffle, set the number of channels, then flows with MaxMin after each.
+    """A 1-Lipschitz classifier: in each stage pixel-unshuffle, set the number of channels, then flows.
 
     A stage is a table of ``unshuffle`` (the factor; 1 if left out), ``channels`` and ``kernels``, the odd kernel size of each
-    flow's convolution. What the last stage gives is flattened, and the rows of the last layer are kept at norm 1.
-    ``mean`` of each channel is subtracted first (1/2 unless given). ``symmetrised``, the features are in evaluation mode the
-    mean over the picture and its mirror image, and over those moved by ``shifts`` pixels.
+    flow's convolution; ``sorting``, MaxMin follows each flow. What the last stage gives is flattened, and the rows of the last
+    layer are kept at norm 1. ``mean`` of each channel is subtracted first (1/2 unless given). ``symmetrised``, the features are
+    in evaluation mode the mean over the picture and its mirror image, and over those moved by ``shifts`` pixels.
     """
     shape = tuple(shape)
     if len(shape) != 3 or min(shape) < 1:
@@ -236,7 +238,7 @@ def flow_classifier(
         if factor > 1:
             layers.append(nn.PixelUnshuffle(factor))
         wanted = int(stage.get("channels", channels))  # type: ignore[call-overload]
-        if wanted % 2:
+        if sorting and wanted % 2:
             raise BadInput(f"channels must be even, so that MaxMin can pair them; not {wanted}")
         if wanted != channels:
             layers.append(Channels(wanted))
@@ -244,7 +246,7 @@ def flow_classifier(
         for kernel in kernels:
             linear = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
             orthogonal_(linear)
-            layers += [GradientFlow(linear, activation, control=control), MaxMin()]
+            layers += [GradientFlow(linear, activation, control=control), *([MaxMin()] if sorting else [])]
     names = _names(classes)
     features = nn.Sequential(*layers, nn.Flatten())
     if shifts and not symmetrised:
@@ -262,12 +264,14 @@ def paper_classifier(
     stages: int = 3,
     control: str = "adaptive",
     ordinary: bool = False,
+    rescaled: bool = False,
 ) -> Classifier:
     """The network of Sherry et al. 2024 for CIFAR-10 (254,810 parameters), and the ordinary ResNet of the same skeleton (497,290).
 
     A 1x1 lift to ``width`` channels; ``stages`` of ``blocks`` each followed by a 1x1 convolution that doubles the channels and
     2x2 average pooling; global mean; linear. A block is an Euler step of the gradient flow x - hAᵀσ(Ax + b), or, where
-    ``ordinary``, x + Bσ(Ax + b) + c with a free B: 3x3 convolutions, σ the leaky ReLU of slope 0.01.
+    ``ordinary``, x + Bσ(Ax + b) + c with a free B: 3x3 convolutions, σ the leaky ReLU of slope 0.01. ``rescaled``, each pooling is
+    multiplied up to norm 1: as maps the two kinds are multiples of each other, but the logits train at another scale.
     """
     shape = tuple(shape)
     if len(shape) != 3 or min(shape[1:]) < 2**stages:
@@ -282,8 +286,33 @@ def paper_classifier(
     layers: list[nn.Module] = [nn.Conv2d(shape[0], width, 1)]
     for _ in range(stages):
         layers += [block(width) for _ in range(blocks)]
-        layers += [nn.Conv2d(width, 2 * width, 1), nn.AvgPool2d(2)]
+        layers += [nn.Conv2d(width, 2 * width, 1), nn.AvgPool2d(2), *([Scale(2)] if rescaled else [])]
         width *= 2
     names = _names(classes)
-    features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    positions = math.prod(n // 2**stages for n in shape[1:])
+    mean = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), *([Scale(math.sqrt(positions))] if rescaled else [])]
+    features = nn.Sequential(*layers, *mean)
     return Classifier(features, nn.Linear(width, len(names)), shape, names)
+
+
+def dense_classifier(
+    shape: Sequence[int] = (1, 8, 8), classes: Sequence[str] | int = 10, depth: int = 8, ordinary: bool = False
+) -> Classifier:
+    """``depth`` residual blocks on flattened pictures, every weight held at spectral norm 1 (torch's ``spectral_norm``), σ the ReLU.
+
+    A block is the flow step x - hAᵀσ(Ax + b), non-expansive at any depth, or, where ``ordinary``, x + Bσ(Ax + b), of which 2 is the
+    Lipschitz constant that can be proved, and 2 to the power of ``depth`` that of all.
+    """
+    size = math.prod(shape)
+    if depth < 1:
+        raise BadInput(f"depth must be at least 1, not {depth}")
+
+    def linear(bias: bool = True) -> nn.Linear:
+        return spectral_norm(nn.Linear(size, size, bias), n_power_iterations=4)  # type: ignore[return-value]
+
+    def block() -> nn.Module:
+        return Residual(nn.Sequential(linear(), nn.ReLU(), linear(False))) if ordinary else GradientFlow(linear())
+
+    names = _names(classes)
+    features = nn.Sequential(Centre([0.5] * shape[0]), nn.Flatten(), *(block() for _ in range(depth)))
+    return Classifier(features, unit_head(size, len(names)), shape, names)

@@ -229,7 +229,7 @@ def sound_norm(linear: nn.Module) -> float:
         return norm_bound(linear)
     digest = hashlib.blake2b(f"{type(linear)} {linear!r} {weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
     try:
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     except RuntimeError as error:
         raise Refused(
             "the norm of A cannot be bounded under a transform (torch.func.grad or vmap over the weights) or for tensors without "

@@ -16,7 +16,7 @@ from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.certificate import Certificate, Shape, chain, entries, fold, isometry, rule, split_averaged
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import root, times, up
-from nonexpansive.nn.classifier import flow_classifier, paper_classifier
+from nonexpansive.nn.classifier import dense_classifier, flow_classifier, paper_classifier
 from nonexpansive.nn.flow import GradientFlow
 from nonexpansive.nn.pooled import PooledRamps
 from nonexpansive.nn.resize import Lifted
@@ -214,6 +214,7 @@ def _denoiser(module: Denoiser, shape: Shape, unit: float) -> Certificate:
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "denoiser": Denoiser,
+    "dense_classifier": dense_classifier,
     "flow_classifier": flow_classifier,
     "paper_classifier": paper_classifier,
 }

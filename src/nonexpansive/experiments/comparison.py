@@ -1,0 +1,223 @@
+"""Networks beside each other: trained on the same data, certified, attacked, and laid out as curves of accuracy over ε."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nonexpansive import checkpoint, sealed
+from nonexpansive.errors import BadCheckpoint, BadInput
+from nonexpansive.experiments import shipped
+from nonexpansive.experiments.training import train
+from nonexpansive.math.certificate import certify
+from nonexpansive.nn.classifier import Classifier
+from nonexpansive.robust import Curve, Evaluation, Found, certify_classifier, evaluate, pixels, require_sound, search
+from nonexpansive.train import LabelledImages, Run, load_images
+from nonexpansive.train.config import load_toml, read
+
+FORMAT = "nonexpansive evaluation 1"
+POINTS = 40
+"""Certified curves are drawn on so many points of [0, the largest ε], beside those of the table."""
+
+Watch = Callable[[str], None]
+"""Is told how far the evaluation of a network is."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network of a comparison: its ``name``, the ``config`` of its training (a file, or a shipped one), what is ``set`` in that."""
+
+    name: str
+    config: str
+    set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quoted:
+    """Accuracies (in %, at each of the comparison's ε) that others report, and where."""
+
+    name: str
+    source: str
+    accuracy: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which networks are trained, and how they are judged.
+
+    - ``epsilons``: the ε of the table, at which the networks are attacked, in units of images in [0, 1];
+    - ``attack``: as for :func:`~nonexpansive.robust.search`; an image that is certified at ε is not attacked at ε, in vain by proof;
+    - ``images``: the first so many test images are certified (0: all), of which the first ``attacked`` are attacked (0: all).
+
+    In a file: these settings, a table ``[[runs]]`` for each network (:class:`Entry`), ``[[quoted]]`` for each row of others.
+    """
+
+    title: str
+    epsilons: tuple[float, ...]
+    attack: Literal["pgd", "auto"] = "pgd"
+    images: int = 0
+    attacked: int = 0
+    runs: tuple[Entry, ...] = ()
+    quoted: tuple[Quoted, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.runs or len({entry.name for entry in self.runs}) < len(self.runs):
+            raise BadInput("a comparison needs [[runs]], one or more, each with a name of its own")
+        if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)) or self.epsilons[0] != 0:
+            raise BadInput(f"epsilons must rise from 0, not {list(self.epsilons)}")
+        if min(self.images, self.attacked) < 0:
+            raise BadInput("images and attacked count images, 0 for all of them")
+        if wrong := [row.name for row in self.quoted if len(row.accuracy) != len(self.epsilons)]:
+            raise BadInput(f"quoted {wrong[0]}: one accuracy for each of the {len(self.epsilons)} ε is expected")
+
+    @classmethod
+    def from_toml(cls, path: Path | str) -> Comparison:
+        """Raises BadInput, naming what is wrong."""
+        values = load_toml(path)
+        rows: Mapping[str, Any] = {"runs": Entry, "quoted": Quoted}
+        made = {
+            key: tuple(read(kind, row, f"{key}[{i}]") for i, row in enumerate(values.pop(key, [])))
+            for key, kind in rows.items()
+        }
+        return cls(**vars(read(Comparison, {**values, **made}, "comparison")))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found of one network.
+
+    - ``clean``: right; ``certified``: right, and certain within ε, by the sound radius; ``robust``: right, and not changed by the
+      attack within ε, on the images that were attacked.
+    - ``lipschitz``: the certified constant of the features; ``pooling``: by what factor it would be larger if every averaging counted
+      as norm 1; ``loose``: the certified curve that this would leave.
+    """
+
+    name: str
+    parameters: int
+    lipschitz: float
+    clean: Curve
+    certified: Curve
+    robust: Curve
+    pooling: float
+    loose: Curve
+    weights: Path
+
+
+def compare(
+    comparison: Comparison,
+    data: Path | str,
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    only: Iterable[str] = (),
+    limit: int = 0,
+    watch: Watch | None = None,
+    **options: Any,
+) -> Iterator[Outcome]:
+    """Train each network in a folder of ``out``, judge it, and yield the outcome. Whatever is done already is taken from there.
+
+    ``overrides`` change every training, as ``train.steps=100``; ``only`` names the runs that are wanted (all, if none is named);
+    ``limit`` bounds the numbers of test images. ``options`` as for :func:`~nonexpansive.train.fit`.
+
+    Raises Diverging if the attack succeeds within a certified radius, BadInput, and what training raises.
+    """
+    names = [entry.name for entry in comparison.runs]
+    wanted = list(only) or names
+    if unknown := [name for name in wanted if name not in names]:
+        raise BadInput(f"no run {unknown[0]!r} in this experiment; there are {', '.join(names)}")
+    for entry in comparison.runs:
+        if entry.name not in wanted:
+            continue
+        run = Run.from_toml(shipped(entry.config), [*entry.set, *overrides])
+        folder = out / entry.name.replace(" ", "-")
+        weights = train(run, data, folder, **options)
+        model = checkpoint.load(weights)
+        if not isinstance(model, Classifier):
+            raise BadInput(f"{entry.config} trains no classifier, which is what can be compared")
+        images = load_images(run.data.source, "test", data)
+        counts = [
+            min(n or len(images), limit or len(images), len(images)) for n in (comparison.images, comparison.attacked)
+        ]
+        judged = _judge(model, images[: counts[0]], min(counts), comparison, weights, watch or (lambda _: None))
+        yield _outcome(entry.name, model, judged, comparison.epsilons, weights)
+
+
+def _judge(
+    model: Classifier, images: LabelledImages, attacked: int, comparison: Comparison, weights: Path, watch: Watch
+) -> dict[str, Tensor]:
+    """Of each image whether it is ``right`` and its certified ``radius``, 0 where it is not; of the attacked ones ``distance``.
+
+    Kept beside the weights, and taken from there if it is of these weights, images and settings.
+    """
+    asked = {
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "images": hashlib.sha256(images.images.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest(),
+        "attacked": attacked,
+        "attack": comparison.attack,
+        "epsilons": list(comparison.epsilons),
+    }
+    path = weights.with_name("evaluation.safetensors")
+    if path.is_file():
+        try:
+            tensors, kept = sealed.read(path, FORMAT)
+            if kept == asked:
+                return tensors
+        except BadCheckpoint:
+            pass  # it is only made again
+    model = model.eval().requires_grad_(False)
+    double = checkpoint.load(weights).double()
+    made = certify_classifier(double, model.shape, arithmetic=torch.float64)
+    watch(f"certifying {len(images):,} images")
+    evaluation = evaluate(made, images.images, images.labels)
+    first = Evaluation(*(values[:attacked] for values in (evaluation.label, evaluation.prediction, evaluation.radius)))
+    x, y = pixels(images.images[:attacked]), images.labels[:attacked]
+    found = Found(x.clone(), torch.full(y.shape, torch.inf, dtype=torch.float64).masked_fill(~first.correct, 0.0))
+    for epsilon in comparison.epsilons[1:]:
+        rows = ((found.distance > epsilon) & (first.certified < epsilon)).nonzero()[:, 0]
+        if len(rows) == 0:
+            continue
+        watch(f"attacking {len(rows):,} of {attacked:,} images at ε = {epsilon:.4g}")
+        tried = search(model, x[rows], y[rows], [epsilon], comparison.attack)
+        found.image[rows], found.distance[rows] = tried.image.cpu(), tried.distance.cpu()
+    require_sound(made, first, found)
+    tensors = {"right": evaluation.correct, "radius": evaluation.certified, "distance": found.distance.cpu()}
+    sealed.write(path, FORMAT, tensors, asked)
+    return tensors
+
+
+def _outcome(
+    name: str, model: Classifier, judged: dict[str, Tensor], epsilons: tuple[float, ...], weights: Path
+) -> Outcome:
+    grid = sorted({*epsilons, *(epsilons[-1] * k / (POINTS - 1) for k in range(POINTS))})
+    factor = averaging(model)
+    return Outcome(
+        name,
+        sum(p.numel() for p in model.parameters()),
+        certify(model.features, model.shape).lipschitz,
+        Curve.of(f"{name}, clean", judged["right"].double(), [0.0]),
+        Curve.of(f"{name}, certified", judged["radius"], grid),
+        Curve.of(f"{name}, attacked", judged["distance"], epsilons),
+        factor,
+        Curve.of(f"{name}, certified with loose pooling", judged["radius"] / factor, grid),
+        weights,
+    )
+
+
+def averaging(model: Classifier) -> float:
+    """The product of 1/‖P‖ over the average poolings P in the features: what the bound loses where each is counted as norm 1.
+
+    Only for poolings that are parts of a Sequential; of others it is 1, they are counted with their true norms in either case.
+    """
+    if not isinstance(model.features, nn.Sequential):
+        return 1.0
+    factor = 1.0
+    for layer, part in zip(model.features, certify(model.features, model.shape).parts, strict=True):
+        if isinstance(layer, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
+            factor /= part.lipschitz
+    return factor

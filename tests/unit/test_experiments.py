@@ -1,0 +1,229 @@
+"""The experiments: what they name exists, what they measure bounds what they prove, and what is done is not done twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nonexpansive import certify
+from nonexpansive.errors import BadInput
+from nonexpansive.experiments import comparison, depth, listed, shipped
+from nonexpansive.experiments.comparison import Comparison, averaging, compare
+from nonexpansive.experiments.depth import steepest, worst_case
+from nonexpansive.nn.classifier import Classifier, flow_classifier, paper_classifier
+from nonexpansive.nn.models import build
+from nonexpansive.train import Run
+
+torch.set_num_threads(1)
+QUICK = {"accelerator": "cpu", "progress": False}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The command, as from a shell: its exit code."""
+    from nonexpansive.app.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["nonexpansive", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("name", listed())
+def test_every_shipped_training_builds_its_network(name: str) -> None:
+    run = Run.from_toml(shipped(name))
+    assert isinstance(build(run.model, **run.kwargs), nn.Module)
+
+
+@pytest.mark.parametrize("name", listed("comparisons"))
+def test_every_shipped_comparison_names_trainings_that_exist(name: str) -> None:
+    known = Comparison.from_toml(shipped(name, "comparisons"))
+    for entry in known.runs:
+        run = Run.from_toml(shipped(entry.config), entry.set)
+        assert isinstance(build(run.model, **run.kwargs), Classifier)
+
+
+def test_the_papers_networks_have_the_papers_sizes() -> None:
+    for ordinary, size in ((False, 254_810), (True, 497_290)):
+        assert sum(p.numel() for p in paper_classifier(ordinary=ordinary).parameters()) == size
+
+
+VALID: dict[str, Any] = {"title": "t", "epsilons": [0.0, 0.5], "runs": [{"name": "a", "config": "classifier-digits"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"runs": []}, "one or more"),
+        ({"runs": VALID["runs"] * 2}, "a name of its own"),
+        ({"runs": [{"name": "a"}]}, r"runs\[0\]\.config: missing"),
+        ({"runs": [{"name": "a", "config": "x", "sets": []}]}, r"runs\[0\]\.sets: unknown"),
+        ({"epsilons": [0.5]}, "rise from 0"),
+        ({"epsilons": [0.0, 0.5, 0.2]}, "rise from 0"),
+        ({"attack": "fgsm"}, "'pgd', 'auto'"),
+        ({"images": -1}, "0 for all"),
+        ({"quoted": [{"name": "q", "source": "s", "accuracy": [1.0]}]}, "one accuracy for each of the 2"),
+        ({"epsilon": 3}, "Did you mean"),
+    ],
+)
+def test_what_is_no_comparison_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    def toml(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + "}"
+        return "[" + ", ".join(map(toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
+
+    path = tmp_path / "own.toml"
+    path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in VALID.items()))
+    assert Comparison.from_toml(path).runs[0].config == "classifier-digits"
+    path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in (VALID | changes).items()))
+    with pytest.raises(BadInput, match=says):
+        Comparison.from_toml(path)
+
+
+# --------------------------------------------------------------------------------------------------------------------- depth
+
+
+def test_the_ascent_finds_the_norm_of_a_linear_map_and_never_more() -> None:
+    torch.manual_seed(0)
+    for size in (2, 7):
+        linear = nn.Linear(size, size + 1).double()
+        norm = float(torch.linalg.matrix_norm(linear.weight.detach(), 2))
+        found = steepest(linear, torch.randn(5, size, dtype=torch.float64))
+        assert norm * 0.999 <= found <= norm * (1 + 1e-9)
+
+
+def test_the_ascent_finds_a_steep_place_that_is_not_where_it_began() -> None:
+    def ridge(x: torch.Tensor) -> torch.Tensor:  # of slope 3 where |x₁ - 2| < 1, of slope 1 elsewhere
+        return torch.cat((x[:, :1] + 2 * (x[:, :1] - 2).clamp(-1, 1), x[:, 1:]), 1)
+
+    found = steepest(ridge, torch.zeros(8, 2, dtype=torch.float64))
+    assert 2.9 < found <= 3 + 1e-9
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 64])
+def test_the_worst_case_attains_its_bound(blocks: int) -> None:
+    net = worst_case(3, blocks).double().requires_grad_(False)
+    x = torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float64)
+    assert torch.equal(net(x), 2.0**blocks * x)
+    proved = certify(net, (3,)).lipschitz
+    assert 2.0**blocks <= proved <= 2.0**blocks * (1 + 1e-9)
+    assert 2.0**blocks * (1 - 1e-9) <= steepest(net, x) <= proved
+
+
+def test_depth_measured_is_below_certified_and_flows_do_not_grow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn", reason="needs scikit-learn, which ships the digits")
+    monkeypatch.setattr(depth, "DEPTHS", (1, 6, 64))
+    command = ("experiment", "depth", "-o", tmp_path, "--set", "train.steps=40", "--limit", 6, "--accelerator", "cpu")
+    assert run(monkeypatch, *command) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    rows = {(row["depth"], row["ordinary"]): row for row in result["trained"]}
+    assert set(rows) == {(d, kind) for d in (1, 6) for kind in (True, False)}
+    for (blocks, ordinary), row in rows.items():
+        assert 0 < row["measured"] <= row["certified"] * (1 + 1e-9)
+        assert row["norm"] < 1.2
+        if ordinary:
+            assert 0.5 * 2**blocks <= row["certified"] <= (1 + row["norm"] ** 2) ** blocks * (1 + 1e-6)
+            assert row["measured"] > 1.2
+        else:
+            assert row["certified"] <= 1
+    assert [w["measured"] == pytest.approx(2 ** w["depth"]) for w in result["worst_case"]] == [True, True]
+    report = (tmp_path / "report.md").read_text()
+    assert "| 6 | gradient flow" in report and "--limit 6" in report
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------------------------------------------------------- comparisons
+
+
+def test_the_poolings_that_a_loose_bound_overlooks() -> None:
+    assert averaging(paper_classifier().eval()) == pytest.approx(32)
+    assert averaging(paper_classifier((1, 8, 8), stages=1, rescaled=True).eval()) == pytest.approx(8)
+    assert averaging(flow_classifier((1, 8, 8)).eval()) == 1
+    loose, tight = (
+        certify(net.eval().features, (1, 8, 8)).lipschitz for net in (_paper(rescaled=True), _paper(rescaled=False))
+    )
+    assert loose == pytest.approx(8 * tight)
+
+
+def _paper(rescaled: bool) -> Classifier:
+    torch.manual_seed(0)
+    return paper_classifier((1, 8, 8), width=4, blocks=1, stages=1, rescaled=rescaled)
+
+
+def test_a_comparison_is_reported_and_taken_up_where_it_was_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn", reason="needs scikit-learn, which ships the digits")
+    command = ("experiment", "digits", "-o", tmp_path, "--set", "train.steps=12", "--limit", 12, "--accelerator", "cpu")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "search", killed)
+        assert run(patch, *command) == 130
+    trained = (tmp_path / "non-expansive" / "log.csv").read_text()
+    assert not (tmp_path / "result.json").exists()
+
+    assert run(monkeypatch, *command) == 0
+    assert (tmp_path / "non-expansive" / "log.csv").read_text() == trained
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["name"] for row in result["runs"]] == ["non-expansive", "ordinary ResNet"]
+    for row in result["runs"]:
+        certified = dict(zip(row["certified"]["epsilons"], row["certified"]["accuracy"], strict=True))
+        attacked = dict(zip(row["robust"]["epsilons"], row["robust"]["accuracy"], strict=True))
+        assert len(certified) >= comparison.POINTS and row["clean"]["images"] == row["robust"]["images"] == 12
+        assert row["clean"]["accuracy"][0] == attacked[0.0]
+        assert all(certified[epsilon] <= attacked[epsilon] for epsilon in attacked)
+        assert all(
+            low <= high for low, high in zip(row["loose"]["accuracy"], row["certified"]["accuracy"], strict=True)
+        )
+    report = (tmp_path / "report.md").read_text()
+    assert "non-expansive, **certified** (12)" in report and "ordinary ResNet, counted as 1" in report
+
+    with monkeypatch.context() as patch:  # all of it is taken from the folder
+        patch.setattr(comparison, "search", killed)
+        assert run(patch, *command) == 0
+        assert json.loads((tmp_path / "result.json").read_text()) == result
+        # what was measured of other images is not taken for these
+        assert run(patch, *(11 if word == 12 else word for word in command)) == 130
+        other = ("train.steps=13" if word == "train.steps=12" else word for word in command)
+        assert run(patch, *other) == 3
+        assert "of another run" in capsys.readouterr().err
+
+
+def test_only_the_runs_that_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run(monkeypatch, "experiment", "digits", "-o", tmp_path, "--only", "ours") == 3
+    assert run(monkeypatch, "experiment", "depth", "-o", tmp_path, "--only", "ours") == 3
+    assert run(monkeypatch, "experiment", "imagenet", "-o", tmp_path) == 3
+    known = Comparison.from_toml(shipped("digits", "comparisons"))
+    pytest.importorskip("sklearn", reason="needs scikit-learn, which ships the digits")
+    only = ["ordinary ResNet"]
+    rows = list(compare(known, ".", tmp_path, overrides=["train.steps=2"], only=only, limit=4, **QUICK))
+    assert [row.name for row in rows] == only
+    assert [path.name for path in tmp_path.iterdir()] == ["ordinary-ResNet"]
+
+
+def test_the_digits_are_learned_with_certificates(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="needs scikit-learn, which ships the digits")
+    known = replace(Comparison.from_toml(shipped("digits", "comparisons")), attacked=30)
+    ours, ordinary = compare(known, ".", tmp_path, **QUICK)
+    at = {round(e, 6): a for e, a in zip(ours.certified.epsilons, ours.certified.accuracy, strict=True)}
+    assert ours.clean.accuracy[0] > 0.94
+    assert at[0.1] > 0.85 and at[0.3] > 0.6
+    assert ordinary.clean.accuracy[0] > 0.94
+    assert ordinary.certified.area < 0.1 * ours.certified.area
+    assert ours.robust.area > ordinary.robust.area
