@@ -25,7 +25,7 @@ from nonexpansive.nn.models import build
 
 FORMAT = "nonexpansive model 1"
 _SHIPPED = resources.files("nonexpansive") / "weights"
-DEFAULTS = {"denoise": "denoiser-colour", "denoise-grey": "denoiser-grey"}
+DEFAULTS = {"denoise": "denoiser-colour", "denoise-grey": "denoiser-grey", "classify": "classifier-cifar10"}
 """The shipped model that each task takes unless told otherwise."""
 
 
