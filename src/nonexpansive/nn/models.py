@@ -22,7 +22,7 @@ from nonexpansive.nn.pooled import PooledRamps
 from nonexpansive.nn.resize import Lifted
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
-SCALE = 8.0
+SCALE = 32.0
 """Initial scale of the weights and thresholds of flows with learned activations."""
 
 REFERENCE_LEVEL = 25 / 255
