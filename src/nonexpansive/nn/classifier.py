@@ -31,6 +31,7 @@ from nonexpansive.math.certificate import (
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import euclidean, root, times
 from nonexpansive.nn.flow import GradientFlow
+from nonexpansive.nn.linear import homogeneous
 from nonexpansive.nn.resize import Residual, Scale
 from nonexpansive.nn.sort import MaxMin
 
@@ -311,7 +312,14 @@ def dense_classifier(
         return spectral_norm(nn.Linear(size, size, bias), n_power_iterations=4)  # type: ignore[return-value]
 
     def block() -> nn.Module:
-        return Residual(nn.Sequential(linear(), nn.ReLU(), linear(False))) if ordinary else GradientFlow(linear())
+        if ordinary:
+            return Residual(nn.Sequential(linear(), nn.ReLU(), linear(False)))
+        flow = GradientFlow(linear())
+        # what a raw estimate of the norm falls short by, the first training steps would multiply block after block
+        with torch.no_grad():
+            for _ in range(30):
+                flow.control.squared_norm(flow.linear, homogeneous)
+        return flow
 
     names = _names(classes)
     features = nn.Sequential(Centre([0.5] * shape[0]), nn.Flatten(), *(block() for _ in range(depth)))
