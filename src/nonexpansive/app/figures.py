@@ -43,3 +43,24 @@ def restoration(
         axes[-1].grid(alpha=0.3, which="both")
     with atomic(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".").lower())
+
+
+def adversary(path: Path, picture: Tensor, other: Tensor, title: str, other_title: str) -> None:
+    """A picture (1, C, H, W), one near it of another class, and their difference, brought to the range of grey values."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    change = other - picture
+    shown = [picture, other, 0.5 + 0.5 * change / change.abs().max().clamp_min(1e-12)]
+    figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    for axis, image, text in zip(
+        figure.subplots(1, 3), shown, (title, other_title, "the difference, stretched"), strict=True
+    ):
+        axis.imshow(
+            image[0].permute(1, 2, 0).cpu().numpy().squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+        )
+        axis.set_title(text, fontsize="medium")
+        axis.set_axis_off()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".").lower())

@@ -11,7 +11,7 @@ is the identity, ‖w_i - w_j‖ = √2 and L that of the whole network.
 That is a statement about real numbers. What is computed here is a lower bound of r that holds for programs as well:
 
 - The margin at x comes from a float64 copy of the network, less a bound on the copy's own rounding.
-- For a float32 program the answer must not change at any x' = x + δ that it may be given, ‖δ‖ ≤ r, so its rounding *at x'* counts.
+- For a program the answer must not change at any x' = x + δ that it may be given, ‖δ‖ ≤ r, so its rounding *at x'* counts.
   Layer k adds an error of at most e_k(‖y'‖), affine in the size of what it is given (:class:`Certificate`, ``error``), and
   ‖y'_k‖ ≤ ‖y_k‖ + L_1⋯L_k r with the sizes ‖y_k‖ known from the copy. The sum over all layers is affine in r: α + βr. So
 
@@ -34,7 +34,7 @@ from torch.nn.utils import parametrize
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.certificate import Certificate, Shape, certify, chain
 from nonexpansive.math.enclosure import TINY
-from nonexpansive.math.rounding import UNIT, gamma
+from nonexpansive.math.rounding import UNIT, above, gamma
 from nonexpansive.nn.classifier import Classifier
 from nonexpansive.nn.flow import GradientFlow
 
@@ -52,8 +52,8 @@ class Radii(NamedTuple):
     up to it. "Certified at ε" means radius > ε.
     """
 
-    prediction: Tensor
-    radius: Tensor
+    prediction: torch.Tensor
+    radius: torch.Tensor
 
 
 class _Layers(NamedTuple):
@@ -69,7 +69,7 @@ class CertifiedClassifier:
 
     - ``model``: the classifier, as given; ``shape``: that of one image; ``classes``: how many logits it gives.
     - ``certificate``: that of the whole network; ``lipschitz``: L of the features (of the network, where there is no ``head``).
-    - ``arithmetic``: "exact", or the type of the program for which the radii hold.
+    - ``arithmetic``: "exact" (the exact map, and the float64 copy), or the type of the program for which the radii hold as well.
     - ``head``: whether the pairwise norms of a last linear layer are used.
     - ``statement``: what a radius says, in words.
     """
@@ -87,12 +87,12 @@ class CertifiedClassifier:
 
     @property
     def statement(self) -> str:
-        what = "the exact map" if self.arithmetic == "exact" else f"the {self.arithmetic} program"
-        where = "any input" if self.arithmetic == "exact" else f"any {self.arithmetic} input"
+        exact = self.arithmetic == "exact"
+        what = "the exact map, and the network run in float64," if exact else f"the {self.arithmetic} program"
         how = "pairwise margins of the last layer" if self.head else "margins over √2, no last linear layer was found"
         return (
-            f"{what} answers the same for {where} within the radius (ℓ2, in units of the image's values); L ≤ "
-            f"{self.lipschitz:.7g}, {how}"
+            f"{what} gives one answer for all inputs within the radius (ℓ2, in units of the image's values); "
+            f"L ≤ {above(self.lipschitz)}, {how}"
         )
 
     @torch.inference_mode()
@@ -107,9 +107,9 @@ class CertifiedClassifier:
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
-        """The logits (N, classes) of the float64 copy, from which the radii are taken."""
+        """The logits (N, classes) by what the radii hold for: the program, or where that is exact the float64 copy."""
         self._check(x)
-        return self._run(x)[1]
+        return self._run(x)[1] if self.arithmetic == "exact" else self.model(x.to(next(self.model.parameters())))
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.shape:
@@ -122,7 +122,7 @@ class CertifiedClassifier:
     def _run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The norms (N,) of what each layer of the copy is given and of its features, in this order, and its logits."""
         like = next(self.model.parameters(), x)
-        if self._unit:
+        if self.arithmetic != "exact":
             x = x.to(like.dtype)  # the very image that the program is given
         y = x.to(like.device, torch.float64)
         y = y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
@@ -173,9 +173,9 @@ def certify_classifier(
     A :class:`Classifier`, or a ``nn.Sequential`` that ends in ``nn.Linear`` (Sequentials within it included), is certified by the
     pairwise norms of that layer's rows, any other network by √2.
 
-    ``arithmetic=None``: the radii hold for the exact map. ``torch.float32``, ``torch.float64``: for the program that runs in this
-    type as well, at every input of this type within the radius; the model must be in it. In float64 that costs next to nothing, in
-    float32 a part of the radius that grows with depth and width, since the bound is for the worst order of summation.
+    ``arithmetic=None``: the radii hold for the exact map, and for the network run in float64, whose rounding costs next to nothing.
+    ``torch.float32``: for the float32 program at every float32 input within the radius; the model must be in that type. That costs
+    a part of the radius which grows with depth and width, since the rounding is bounded for the worst order of summation.
 
     Raises Refused where no certificate can be given, or the model does not end in at least two logits.
     """
@@ -185,6 +185,7 @@ def certify_classifier(
         raise Refused(f"a classifier gives at least two logits for each image, but this gives {certificate.codomain}")
     reference = _in_float64(model)
     copied = _take_apart(reference, shape, torch.float64)[1]
+    program = copied if arithmetic is None else program
     features = [part for _, part in program.features]
     lipschitz = chain(*features, rule="features").lipschitz if features else 1.0
     if program.head is None:
@@ -199,7 +200,7 @@ def certify_classifier(
         program.head is not None,
         copied,
         program,
-        0.0 if arithmetic is None else UNIT[arithmetic],
+        UNIT[arithmetic or torch.float64],
     )
     _compare(made)
     return made
@@ -288,4 +289,4 @@ def _norm(y: Tensor) -> Tensor:
 
 def _inner(terms: int, unit: float) -> tuple[float, float]:
     """(relative, absolute) rounding error of an inner product of so many terms and an offset."""
-    return (gamma(terms + 2, unit), (2 * terms + 2) * TINY) if unit else (0.0, 0.0)
+    return gamma(terms + 2, unit), (2 * terms + 2) * TINY

@@ -1,0 +1,310 @@
+"""The commands on what is proved: `certify` for every model, and for classifiers on images too; `attack`; `classify`."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from nonexpansive import checkpoint
+from nonexpansive.app.images import read_image
+from nonexpansive.app.output import check_writable, write_json
+from nonexpansive.atomic import atomic
+from nonexpansive.errors import BadInput
+from nonexpansive.math.certificate import certify
+from nonexpansive.nn.classifier import Classifier
+from nonexpansive.robust import Curve, certify_classifier, evaluate, nearest, require_sound, search
+from nonexpansive.robust.attacks import ATTACKS
+from nonexpansive.robust.curves import STANDARD
+from nonexpansive.robust.evaluate import Evaluation, pixels
+from nonexpansive.robust.radius import CertifiedClassifier
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Model = Annotated[str, typer.Argument(help="A shipped model (see `nonexpansive models`) or a .safetensors file.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="The folder of the data set, on whose test images a classifier is judged."),
+]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        help="The data set: cifar10, mnist, ..., an .npz or a folder in DIR. [default: what the model was trained on]"
+    ),
+]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
+
+
+def certify_model(
+    model: Model,
+    size: Annotated[
+        str | None, typer.Option(help="Height x width of the input. [default: a classifier's own, else 512x512]")
+    ] = None,
+    float32: Annotated[
+        bool,
+        typer.Option(
+            "--float32", help="Certify the float32 program, rounding included. On images the default is float64."
+        ),
+    ] = False,
+    data: Data = None,
+    source: Source = None,
+    limit: Annotated[int, typer.Option(min=0, help="Only the first so many test images; 0: all.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write report.md, curves.png and result.json there.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Print what is proved about a model, as a tree of rules; of a classifier with --data also its certified accuracy."""
+    if json_file is not None:
+        check_writable(json_file, suffixes=(".json",))
+    module = checkpoint.load(model)
+    if data is None:
+        if report is not None or source is not None or limit:
+            raise BadInput("--report, --source and --limit are about images: give --data DIR")
+        shape = _shape(module, size)
+        certificate = certify(module, shape, arithmetic=torch.float32 if float32 else None)
+        out.print(str(certificate), markup=False)
+        if json_file is not None:
+            write_json(json_file, certificate.to_json())
+        return
+    if size is not None:
+        raise BadInput("--size is for denoisers; images have the size that the classifier takes")
+    classifier = _classifier(module, model)
+    images = _images(classifier, model, data, source, limit)
+    made = _made(classifier, float32)
+    out.print(made.statement, markup=False)
+    with _progress("certifying", len(images)) as tick:
+        evaluation = evaluate(made, images.images, images.labels, watch=tick)
+    clean = Curve.of("clean", evaluation.correct.double(), [0.0])
+    certified = Curve.of("certified", evaluation.certified)
+    shown = [i for i, e in enumerate(certified.epsilons) if e in STANDARD]
+    head = ["images", "clean", *(f"certified at {certified.epsilons[i] * 255:.0f}/255" for i in shown), "area to ε = 1"]
+    row = [
+        f"{len(images):,}",
+        _percent(clean, 0),
+        *(_percent(certified, i) for i in shown),
+        f"{100 * certified.area:.1f}",
+    ]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), row))
+    out.print(table, markup=False)
+    result = {
+        "command": "certify", "model": model, "statement": made.statement, "arithmetic": made.arithmetic,
+        "clean": clean.to_json(), "certified": certified.to_json(), "certificate": made.certificate.to_json(),
+    }  # fmt: skip
+    if report is not None:
+        from nonexpansive.app.curves import accuracies
+
+        report.mkdir(parents=True, exist_ok=True)
+        accuracies(report / "curves.png", {model: {"certified": certified}}, made.statement)
+        with atomic(report / "report.md") as temporary:
+            text = f"# {model}, certified\n\n{made.statement}. Accuracy in %, with 95 % intervals.\n\n{table}\n\n![curves](curves.png)\n"
+            temporary.write_text(text, encoding="utf-8")
+        write_json(report / "result.json", result)
+    if json_file is not None:
+        write_json(json_file, result)
+
+
+def attack(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder of the data set, whose test images are attacked.")
+    ],
+    source: Source = None,
+    which: Annotated[
+        str, typer.Option("--attack", help="pgd: 5 restarts of 100 steps. auto: APGD-CE, APGD-T, FAB-T and Square.")
+    ] = "pgd",
+    epsilon: Annotated[
+        list[float] | None,
+        typer.Option(min=0.0, help="ℓ2 radius in units of images in [0, 1]; repeatable. [default: 36/255]"),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="The first so many test images.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random starts.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Attack a classifier: its accuracy under the attack, from above, beside the certified one, from below.
+
+    Ends with exit code 5 if an attack succeeds within a certified radius, which would be a defect of the certificate.
+    """
+    if json_file is not None:
+        check_writable(json_file, suffixes=(".json",))
+    if which not in ATTACKS:
+        raise BadInput(f"--attack {which}: there are {', '.join(ATTACKS)}")
+    classifier = _classifier(checkpoint.load(model), model).requires_grad_(False)
+    images = _images(classifier, model, data, source, limit)
+    steps = sorted({0.0, *(epsilon or STANDARD[:1])})
+    made = _made(classifier, False)
+    evaluation = evaluate(made, images.images, images.labels)
+    with _progress("attacking", len(images)) as tick:
+        found = search(classifier, pixels(images.images), images.labels, steps[1:], which, seed=seed, watch=tick)
+    require_sound(made, evaluation, found)
+    robust, certified = (
+        Curve.of(name, values, steps)
+        for name, values in (("robust", found.distance.cpu()), ("certified", evaluation.certified))
+    )
+    out.print(f"{len(images)} images, {which}; no attack succeeded within a certified radius", markup=False)
+    for i, e in enumerate(steps):
+        text = f"ε = {e:.4f} ({e * 255:.0f}/255): certified {_percent(certified, i)} %, under attack {_percent(robust, i)} %"
+        out.print(text, markup=False)
+    if json_file is not None:
+        value = {
+            "command": "attack",
+            "model": model,
+            "attack": which,
+            "robust": robust.to_json(),
+            "certified": certified.to_json(),
+        }
+        write_json(json_file, value)
+
+
+def classify(
+    photo: Annotated[
+        Path,
+        typer.Argument(help="A photograph: PNG, JPEG or TIFF. Its middle square is brought to the network's size."),
+    ],
+    model: Annotated[str, typer.Option(help="A shipped classifier or a .safetensors file.")] = checkpoint.DEFAULTS[
+        "classify"
+    ],
+    figure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Look for the nearest picture of another class and draw it beside (.png, .pdf, .svg)."
+        ),
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Say what a photograph shows, and how far from it (ℓ2, pixels in [0, 1], at the network's size) the answer is certain."""
+    if json_file is not None:
+        check_writable(json_file, inputs=(photo,), suffixes=(".json",))
+    if figure is not None:
+        check_writable(figure, inputs=(photo,), suffixes=(".png", ".pdf", ".svg"))
+    began = time.perf_counter()
+    picture = read_image(photo)
+    classifier = _classifier(checkpoint.load(model), model).requires_grad_(False)
+    x = fitted(picture.tensor, classifier.shape)[None]
+    made = _made(classifier, False)
+    prediction, radius = made.radii(x)
+    logits = made.logits(x)[0]
+    first, second = logits.topk(2).values.tolist()
+    name = classifier.classes[int(prediction)]
+    size = "x".join(map(str, classifier.shape[1:]))
+    if tuple(picture.tensor.shape[1:]) != classifier.shape[1:]:
+        out.print(f"the middle of the photograph, brought to {size}, is what is classified", markup=False)
+    out.print(
+        f"{name}: margin {first - second:.4f}, certain within {float(radius):.4f} (ℓ2, pixels in [0, 1])", markup=False
+    )
+    result: dict[str, Any] = {
+        "command": "classify", "photo": str(photo), "model": model, "class": name, "margin": first - second,
+        "radius": float(radius), "logits": dict(zip(classifier.classes, logits.tolist(), strict=True)), "statement": made.statement,
+    }  # fmt: skip
+    if figure is not None:
+        from nonexpansive.app.figures import adversary
+
+        with err.status("looking for the nearest picture of another class"):
+            found = nearest(classifier, x, prediction)
+            require_sound(made, Evaluation(prediction, prediction, radius), found)
+        if found.distance.isinf():
+            raise BadInput("no picture of another class was found, so there is nothing to draw: leave --figure out")
+        with torch.no_grad():
+            other = classifier.classes[int(classifier(found.image).argmax())]
+        distance = float(found.distance)
+        out.print(f"nearest picture of another class that was found: {other}, at {distance:.4f}", markup=False)
+        result |= {"adversary": other, "distance": distance}
+        adversary(figure, x, found.image, f"{name}, certain within {float(radius):.3f}", f"{other}, at {distance:.3f}")
+    if json_file is not None:
+        write_json(json_file, result)
+    written = ", ".join(str(path) for path in (figure, json_file) if path is not None)
+    out.print(f"wrote {written} ({time.perf_counter() - began:.1f} s)" if written else "", markup=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------- helpers
+
+
+def fitted(picture: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A picture (C, H, W) with its middle of the wanted proportions, averaged down (or interpolated up) to ``shape``.
+
+    A grey picture is given three equal channels where those are wanted; a coloured one for a grey network is refused."""
+    channels, height, width = shape
+    if picture.shape[0] != channels:
+        if picture.shape[0] != 1:
+            raise BadInput(
+                f"this classifier takes {channels} channel(s), the photograph has {picture.shape[0]}: convert it first"
+            )
+        picture = picture.expand(channels, -1, -1)
+    share = min(picture.shape[1] / height, picture.shape[2] / width)
+    rows, columns = max(1, round(share * height)), max(1, round(share * width))
+    top, left = (picture.shape[1] - rows) // 2, (picture.shape[2] - columns) // 2
+    middle = picture[None, :, top : top + rows, left : left + columns]
+    if (rows, columns) == (height, width):
+        return middle[0]
+    return F.interpolate(middle, (height, width), mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+
+def _shape(module: nn.Module, size: str | None) -> tuple[int, ...]:
+    """The shape of the input that is certified."""
+    if isinstance(module, Classifier):
+        if size is not None:
+            raise BadInput(
+                f"--size {size}: this classifier takes pictures of {module.shape[1]}x{module.shape[2]}, leave it out"
+            )
+        return module.shape
+    try:
+        height, width = (int(n) for n in (size or "512x512").lower().split("x"))
+        if min(height, width) < 1:
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"--size {size}: give height x width in pixels, such as 512x512") from None
+    return getattr(module, "channels", 3), height, width
+
+
+def _classifier(module: nn.Module, name: str) -> Classifier:
+    if not isinstance(module, Classifier):
+        raise BadInput(f"{name} is a {type(module).__name__}, not a classifier")
+    return module
+
+
+def _images(classifier: Classifier, name: str, data: Path, source: str | None, limit: int) -> Any:
+    """The first ``limit`` test images (0: all), checked to be what the classifier takes."""
+    from nonexpansive.train import load_images
+
+    if source is None:
+        header, _ = checkpoint.read(checkpoint.path_of(name))
+        source = header.training.get("run", {}).get("data", {}).get("source")
+        if source is None:
+            raise BadInput(f"{name} does not say what it was trained on: give --source")
+    images = load_images(source, "test", data)
+    if images.shape != classifier.shape:
+        raise BadInput(f"{source} has images of shape {images.shape}, this classifier takes {classifier.shape}")
+    if len(images.classes) != len(classifier.classes):
+        raise BadInput(f"{source} has {len(images.classes)} classes, this classifier {len(classifier.classes)}")
+    return images[: limit or len(images)]
+
+
+def _made(classifier: Classifier, float32: bool) -> CertifiedClassifier:
+    """Ready to certify the float32 program, or, which costs next to no radius, the float64 one."""
+    if float32:
+        return certify_classifier(classifier, classifier.shape, arithmetic=torch.float32)
+    return certify_classifier(copy.deepcopy(classifier).double(), classifier.shape, arithmetic=torch.float64)
+
+
+def _percent(curve: Curve, i: int) -> str:
+    low, high = curve.intervals[i]
+    return f"{100 * curve.accuracy[i]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda n: bar.advance(task, n)

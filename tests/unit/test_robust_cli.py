@@ -1,0 +1,115 @@
+"""`certify` on images, `attack` and `classify`: what they print and write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("typer", reason="needs the extra nonexpansive[app]")
+pytest.importorskip("sklearn", reason="needs the extra nonexpansive[train]")
+
+from typer.testing import CliRunner
+
+from nonexpansive import checkpoint
+from nonexpansive.app.cli import app
+from nonexpansive.app.images import write_image
+from nonexpansive.app.robust import fitted
+from nonexpansive.errors import BadInput
+from nonexpansive.nn.models import build
+from nonexpansive.robust import certify_classifier
+from nonexpansive.train import load_images
+
+DIGITS = tuple(map(str, range(10)))
+CONFIG = {"shape": [1, 8, 8], "classes": list(DIGITS), "stages": [{"unshuffle": 2, "channels": 8, "kernels": [3]}]}
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier whose last layer was fitted to the digits by least squares."""
+    torch.manual_seed(0)
+    model, images = build("flow_classifier", **CONFIG).eval(), load_images("digits", "train")
+    with torch.no_grad():
+        features = model.features(images.images / 255)
+        targets = torch.nn.functional.one_hot(images.labels, 10).float() - 0.1
+        model.head.weight = torch.linalg.lstsq(features, targets, driver="gelsd").solution.T
+        model.head.bias.zero_()
+    path = tmp_path_factory.mktemp("robust") / "digits.safetensors"
+    checkpoint.save(path, model, "flow_classifier", CONFIG, {"run": {"data": {"source": "digits"}}})
+    return path
+
+
+def test_certified_accuracy_on_images(weights: Path, tmp_path: Path) -> None:
+    text = run(
+        "certify", weights, "--data", tmp_path, "--limit", 50, "--report", tmp_path / "r", "--json", tmp_path / "j.json"
+    )
+    result = json.loads((tmp_path / "j.json").read_text())
+    images, model = load_images("digits", "test")[:50], checkpoint.load(weights).double()
+    x: Tensor = images.images.float() / 255
+    prediction, radius = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64).radii(x)
+    right = prediction == images.labels
+    assert result["clean"]["accuracy"] == [right.double().mean().item()]
+    for epsilon, accuracy in zip(result["certified"]["epsilons"], result["certified"]["accuracy"], strict=True):
+        assert accuracy == (right & (radius > epsilon)).double().mean().item()
+    assert "certified at 36/255" in text and result["arithmetic"] == "float64"
+    assert {file.name for file in (tmp_path / "r").iterdir()} == {"report.md", "curves.png", "result.json"}
+
+
+def test_under_attack_it_is_at_least_the_certified_accuracy(weights: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    text = run(
+        "attack", weights, "--data", tmp_path, "--limit", 8, "--epsilon", 0.4, "--json", file
+    )
+    result = json.loads(file.read_text())
+    assert "no attack succeeded within a certified radius" in text
+    robust, certified = result["robust"]["accuracy"], result["certified"]["accuracy"]
+    assert len(robust) == 2 and robust[0] == certified[0]
+    assert all(r >= c for r, c in zip(robust, certified, strict=True)) and robust[1] < robust[0]
+
+
+def test_a_photograph_is_classified(weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyautoattack", reason="needs the extra nonexpansive[attack]")
+    image = load_images("digits", "test").images[0].float() / 255
+    write_image(tmp_path / "digit.png", image.repeat_interleave(3, 1).repeat_interleave(3, 2))
+    figure, file = tmp_path / "f.png", tmp_path / "c.json"
+    text = run("classify", tmp_path / "digit.png", "--model", weights, "--figure", figure, "--json", file)
+    result = json.loads(file.read_text())
+    model = checkpoint.load(weights).double()
+    prediction, radius = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64).radii(image[None])
+    assert result["class"] == DIGITS[int(prediction)] and result["radius"] == pytest.approx(float(radius), rel=1e-3)
+    assert result["adversary"] != result["class"] and result["distance"] > result["radius"] > 0
+    assert figure.stat().st_size > 0 and "brought to 8x8" in text
+
+
+def test_a_picture_is_brought_to_the_size_of_the_network() -> None:
+    picture = torch.rand(1, 9, 16)
+    assert torch.equal(fitted(picture, (3, 9, 16)), picture.expand(3, -1, -1))
+    assert torch.equal(fitted(picture, (1, 9, 9)), picture[:, :, 3:12])
+    assert fitted(picture, (1, 30, 20)).shape == (1, 30, 20)
+    with pytest.raises(BadInput, match=r"takes 1 channel\(s\), the photograph has 3"):
+        fitted(torch.rand(3, 4, 4), (1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("certify", "MODEL", "--report", "r"), "give --data"),
+        (("certify", "MODEL", "--size", "9x9"), "takes pictures of 8x8"),
+        (("certify", "MODEL", "--data", ".", "--size", "8x8"), "--size is for denoisers"),
+        (("attack", "MODEL", "--data", ".", "--attack", "fgsm"), "there are pgd, auto"),
+        (("attack", "denoiser-grey", "--data", "."), "not a classifier"),
+        (("certify", "MODEL", "--data", ".", "--source", "nothing"), "no data set of that name"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], message: str, weights: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        CliRunner().invoke(app, [a.replace("MODEL", str(weights)) for a in arguments], catch_exceptions=False)
