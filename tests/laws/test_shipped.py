@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from importlib import resources
 
 import pytest
@@ -10,6 +12,9 @@ import torch
 import nonexpansive
 from nonexpansive.checkpoint import DEFAULTS
 from nonexpansive.nn.models import Denoiser
+from nonexpansive.robust import Evaluation, certify_classifier, evaluate, pixels, require_sound, search
+from nonexpansive.robust.attacks import pgd
+from nonexpansive.train import load_images
 
 denoisers = [name for name in nonexpansive.models() if name.startswith("denoiser")]
 
@@ -60,3 +65,37 @@ def test_it_denoises(name):
             restored = model(clean + sigma * noise, sigma)
         psnr = -10 * (restored - clean).square().mean().log10()
         assert psnr > -20 * torch.tensor(sigma).log10() + gain
+
+
+classifiers = [name for name in nonexpansive.models() if name.startswith("classifier")]
+
+
+@pytest.mark.parametrize("name", classifiers)
+def test_a_classifiers_features_are_nonexpansive_and_gradient_ascent_finds_no_expansion(name):
+    model = nonexpansive.load(name)
+    assert nonexpansive.certify(model.features, model.shape).lipschitz <= 1
+    model, x = model.double(), torch.rand(1, *model.shape, dtype=torch.float64)
+    v = torch.randn_like(x)
+    for _ in range(12):
+        v = 1e-6 * v / v.norm()
+        with torch.no_grad():
+            image = (model.features(x + v) - model.features(x - v)) / 2
+        assert image.norm() <= v.norm() * (1 + 1e-8)
+        v = torch.func.vjp(model.features, x)[1](image)[0]
+
+
+@pytest.mark.parametrize("name", classifiers)
+def test_no_attack_succeeds_within_a_certified_radius(name):
+    """PGD at each image's own radius, over 1,000 test images where the data are; set NONEXPANSIVE_DATA to their folder."""
+    if "NONEXPANSIVE_DATA" not in os.environ:
+        pytest.skip("needs the data set: set NONEXPANSIVE_DATA to a folder that holds it, such as cifar10.npz")
+    header, _ = nonexpansive.checkpoint.read(nonexpansive.checkpoint.path_of(name))
+    images = load_images(header.training["run"]["data"]["source"], "test", os.environ["NONEXPANSIVE_DATA"])[:1000]
+    model = nonexpansive.load(name).requires_grad_(False)
+    made = certify_classifier(nonexpansive.load(name).double(), model.shape, arithmetic=torch.float64)
+    evaluation = evaluate(made, images.images, images.labels)
+    sure = evaluation.certified > 0
+    x, y = pixels(images.images)[sure], images.labels[sure]
+    attacks = [partial(pgd, restart=k, steps=20) for k in range(2)]
+    found = search(model, x, y, evaluation.certified[sure], attacks)
+    require_sound(made, Evaluation(y, evaluation.prediction[sure], evaluation.radius[sure]), found)
