@@ -66,9 +66,7 @@ def test_certified_accuracy_on_images(weights: Path, tmp_path: Path) -> None:
 
 def test_under_attack_it_is_at_least_the_certified_accuracy(weights: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    text = run(
-        "attack", weights, "--data", tmp_path, "--limit", 8, "--epsilon", 0.4, "--json", file
-    )
+    text = run("attack", weights, "--data", tmp_path, "--limit", 8, "--epsilon", 0.4, "--json", file)
     result = json.loads(file.read_text())
     assert "no attack succeeded within a certified radius" in text
     robust, certified = result["robust"]["accuracy"], result["certified"]["accuracy"]
