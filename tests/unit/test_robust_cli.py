@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from typer.testing import CliRunner
 
 from nonexpansive import checkpoint
 from nonexpansive.app.cli import app
-from nonexpansive.app.images import write_image
+from nonexpansive.app.images import read_image, write_image
 from nonexpansive.app.robust import fitted
 from nonexpansive.errors import BadInput
 from nonexpansive.nn.models import build
@@ -82,7 +85,8 @@ def test_a_photograph_is_classified(weights: Path, tmp_path: Path) -> None:
     text = run("classify", tmp_path / "digit.png", "--model", weights, "--figure", figure, "--json", file)
     result = json.loads(file.read_text())
     model = checkpoint.load(weights).double()
-    prediction, radius = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64).radii(image[None])
+    x = fitted(read_image(tmp_path / "digit.png").tensor, (1, 8, 8))[None]
+    prediction, radius = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64).radii(x)
     assert result["class"] == DIGITS[int(prediction)] and result["radius"] == pytest.approx(float(radius), rel=1e-3)
     assert result["adversary"] != result["class"] and result["distance"] > result["radius"] > 0
     assert figure.stat().st_size > 0 and "brought to 8x8" in text
@@ -111,3 +115,21 @@ def test_a_picture_is_brought_to_the_size_of_the_network() -> None:
 def test_refusals(arguments: tuple[str, ...], message: str, weights: Path) -> None:
     with pytest.raises(BadInput, match=message):
         CliRunner().invoke(app, [a.replace("MODEL", str(weights)) for a in arguments], catch_exceptions=False)
+
+
+def test_two_processes_agree_with_one(weights: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    run("certify", weights, "--data", tmp_path, "--limit", 21, "--json", one)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nonexpansive.app.cli")
+    command = ("certify", weights, "--data", tmp_path, "--limit", "21", "--json", two)
+    subprocess.run([sys.executable, *launch, *map(str, command)], env=environment, check=True, timeout=120)
+    assert json.loads(one.read_text()) == json.loads(two.read_text())
+    two.unlink()
+    options = ("--data", tmp_path, "--limit", "5", "--epsilon", "0.3")
+    command = ("attack", weights, *options, "--json", two)
+    subprocess.run([sys.executable, *launch, *map(str, command)], env=environment, check=True, timeout=120)
+    run("attack", weights, *options, "--json", one)
+    first, second = (json.loads(path.read_text()) for path in (one, two))
+    assert first["certified"] == second["certified"] and first["robust"]["images"] == second["robust"]["images"]
+    assert first["robust"]["accuracy"][0] == second["robust"]["accuracy"][0]

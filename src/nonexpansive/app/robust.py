@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +26,7 @@ from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import certify
 from nonexpansive.nn.classifier import Classifier
-from nonexpansive.robust import Curve, certify_classifier, evaluate, nearest, require_sound, search
+from nonexpansive.robust import Curve, Found, certify_classifier, evaluate, nearest, require_sound, search
 from nonexpansive.robust.attacks import ATTACKS
 from nonexpansive.robust.curves import STANDARD
 from nonexpansive.robust.evaluate import Evaluation, pixels
@@ -83,9 +86,11 @@ def certify_model(
     classifier = _classifier(module, model)
     images = _images(classifier, model, data, source, limit)
     made = _made(classifier, float32)
-    out.print(made.statement, markup=False)
-    with _progress("certifying", len(images)) as tick:
-        evaluation = evaluate(made, images.images, images.labels, watch=tick)
+    if not _rank():
+        out.print(made.statement, markup=False)
+    evaluation = _evaluated(made, images)
+    if _rank():
+        return
     clean = Curve.of("clean", evaluation.correct.double(), [0.0])
     certified = Curve.of("certified", evaluation.certified)
     shown = [i for i, e in enumerate(certified.epsilons) if e in STANDARD]
@@ -144,9 +149,14 @@ def attack(
     images = _images(classifier, model, data, source, limit)
     steps = sorted({0.0, *(epsilon or STANDARD[:1])})
     made = _made(classifier, False)
-    evaluation = evaluate(made, images.images, images.labels)
-    with _progress("attacking", len(images)) as tick:
-        found = search(classifier, pixels(images.images), images.labels, steps[1:], which, seed=seed, watch=tick)
+    evaluation = _evaluated(made, images)
+
+    def attacked(own: Any, tick: Callable[[int], None]) -> Found:
+        return search(classifier, pixels(own.images), own.labels, steps[1:], which, seed=seed + _rank(), watch=tick)
+
+    found = Found(*_shared("attacking", images, attacked))
+    if _rank():
+        return
     require_sound(made, evaluation, found)
     robust, certified = (
         Curve.of(name, values, steps)
@@ -290,6 +300,41 @@ def _images(classifier: Classifier, name: str, data: Path, source: str | None, l
     return images[: limit or len(images)]
 
 
+def _evaluated(made: CertifiedClassifier, images: Any) -> Evaluation:
+    def certified(own: Any, tick: Callable[[int], None]) -> tuple[Tensor, ...]:
+        evaluation = evaluate(made, own.images, own.labels, watch=tick)
+        return evaluation.label, evaluation.prediction, evaluation.radius
+
+    return Evaluation(*_shared("certifying", images, certified))
+
+
+def _rank() -> int:
+    """Of this process among those that `torchrun` started."""
+    return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
+
+
+def _shared(
+    what: str, images: Any, work: Callable[[Any, Callable[[int], None]], Sequence[Tensor]]
+) -> tuple[Tensor, ...]:
+    """What ``work(images, tick)`` gives for each image, where there are several processes by each for its share."""
+    several = torch.distributed.is_torchelastic_launched()
+    if several and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # they may be long at different attacks
+        atexit.register(torch.distributed.destroy_process_group)
+    world = torch.distributed.get_world_size() if several else 1
+    if len(images) < world:
+        raise BadInput(f"{len(images)} images for {world} processes: start fewer")
+    own = images[torch.arange(_rank(), len(images), world)]
+    with _progress(what, len(own)) as tick:
+        mine = tuple(values.cpu() for values in work(own, tick))
+    parts: list[Any] = [mine]
+    if several:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, mine)
+    order = torch.cat([torch.arange(rank, len(images), world) for rank in range(world)]).argsort()
+    return tuple(torch.cat(values)[order] for values in zip(*parts, strict=True))
+
+
 def _made(classifier: Classifier, float32: bool) -> CertifiedClassifier:
     """Ready to certify the float32 program, or, which costs next to no radius, the float64 one."""
     if float32:
@@ -305,6 +350,6 @@ def _percent(curve: Curve, i: int) -> str:
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=not err.is_terminal) as bar:
+    with Progress(*columns, console=err, transient=not err.is_terminal, disable=_rank() > 0) as bar:
         task = bar.add_task(what, total=total)
         yield lambda n: bar.advance(task, n)
