@@ -172,11 +172,27 @@ def test_a_comparison_is_reported_and_taken_up_where_it_was_left(
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
+    attacked: list[float] = []
+    attack = comparison.search
+
+    def watched(*arguments: Any) -> Any:
+        if len(attacked) == 2:
+            raise KeyboardInterrupt
+        attacked.extend(arguments[3])
+        return attack(*arguments)
+
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "search", killed)
         assert run(patch, *command) == 130
     trained = (tmp_path / "non-expansive" / "log.csv").read_text()
     assert not (tmp_path / "result.json").exists()
+    with monkeypatch.context() as patch:  # killed again, at the third ε that anything is attacked at
+        patch.setattr(comparison, "search", watched)
+        assert run(patch, *command) == 130
+        before = attacked.copy()
+        attacked.clear()
+        assert run(patch, *command) == 130
+    assert len(before) == 2 and max(before) < min(attacked)  # and not attacked again at those that were done
 
     assert run(monkeypatch, *command) == 0
     assert (tmp_path / "non-expansive" / "log.csv").read_text() == trained

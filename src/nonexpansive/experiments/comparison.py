@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from nonexpansive import checkpoint, sealed
-from nonexpansive.errors import BadCheckpoint, BadInput
+from nonexpansive.errors import BadInput
 from nonexpansive.experiments import shipped
 from nonexpansive.experiments.training import train
 from nonexpansive.math.certificate import certify
 from nonexpansive.nn.classifier import Classifier
-from nonexpansive.robust import Curve, Evaluation, Found, certify_classifier, evaluate, pixels, require_sound, search
+from nonexpansive.robust import Curve, Evaluation, certify_classifier, evaluate, pixels, require_sound, search
 from nonexpansive.train import LabelledImages, Run, load_images
 from nonexpansive.train.config import load_toml, read
 
@@ -153,7 +154,7 @@ def _judge(
 ) -> dict[str, Tensor]:
     """Of each image whether it is ``right`` and its certified ``radius``, 0 where it is not; of the attacked ones ``distance``.
 
-    Kept beside the weights, and taken from there if it is of these weights, images and settings.
+    Kept beside the weights after the attack at each ε, and taken up from there if it is of these weights, images and settings.
     """
     asked = {
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
@@ -163,32 +164,38 @@ def _judge(
         "epsilons": list(comparison.epsilons),
     }
     path = weights.with_name("evaluation.safetensors")
-    if path.is_file():
-        try:
-            tensors, kept = sealed.read(path, FORMAT)
-            if kept == asked:
-                return tensors
-        except BadCheckpoint:
-            pass  # it is only made again
+    kept, done = _kept(path, asked)
+    if kept and done == len(comparison.epsilons):
+        return kept
     model = model.eval().requires_grad_(False)
     double = checkpoint.load(weights).double()
     made = certify_classifier(double, model.shape, arithmetic=torch.float64)
     watch(f"certifying {len(images):,} images")
-    evaluation = evaluate(made, images.images, images.labels)
-    first = Evaluation(*(values[:attacked] for values in (evaluation.label, evaluation.prediction, evaluation.radius)))
+    every = evaluate(made, images.images, images.labels)
     x, y = pixels(images.images[:attacked]), images.labels[:attacked]
-    found = Found(x.clone(), torch.full(y.shape, torch.inf, dtype=torch.float64).masked_fill(~first.correct, 0.0))
-    for epsilon in comparison.epsilons[1:]:
-        rows = ((found.distance > epsilon) & (first.certified < epsilon)).nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
-        watch(f"attacking {len(rows):,} of {attacked:,} images at ε = {epsilon:.4g}")
-        tried = search(model, x[rows], y[rows], [epsilon], comparison.attack)
-        found.image[rows], found.distance[rows] = tried.image.cpu(), tried.distance.cpu()
-    require_sound(made, first, found)
-    tensors = {"right": evaluation.correct, "radius": evaluation.certified, "distance": found.distance.cpu()}
-    sealed.write(path, FORMAT, tensors, asked)
-    return tensors
+    distance = torch.full(y.shape, torch.inf, dtype=torch.float64).masked_fill(~every.correct[:attacked], 0.0)
+    if kept:
+        distance = kept["distance"]
+    kept = {"right": every.correct, "radius": every.certified, "distance": distance}
+    for k in range(max(done, 1), len(comparison.epsilons)):
+        epsilon = comparison.epsilons[k]
+        rows = ((distance > epsilon) & (every.certified[:attacked] < epsilon)).nonzero()[:, 0]
+        if len(rows):
+            watch(f"attacking {len(rows):,} of {attacked:,} images at ε = {epsilon:.4g}")
+            found = search(model, x[rows], y[rows], [epsilon], comparison.attack)
+            require_sound(made, Evaluation(every.label[rows], every.prediction[rows], every.radius[rows]), found)
+            distance[rows] = torch.minimum(distance[rows], found.distance.cpu())
+        sealed.write(path, FORMAT, kept, {"asked": asked, "done": k + 1})
+    return kept
+
+
+def _kept(path: Path, asked: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """What the file holds of the evaluation that is asked for, and at how many ε that is done; nothing where it is of another."""
+    with suppress(BadInput):  # no file, or a damaged one: it is made again
+        tensors, header = sealed.read(path, FORMAT)
+        if header.get("asked") == asked:
+            return tensors, header["done"]
+    return {}, 0
 
 
 def _outcome(
