@@ -295,10 +295,11 @@ class Dense:
         n = int(torch.Size(shape).numel())
         generator = torch.Generator().manual_seed(seed)
         self.matrix = torch.randn(n - 1, n, generator=generator, dtype=torch.float64) / n**0.5
-        self.image_shape = shape
+        self.image_shape, self.data_shape = shape, (n - 1,)
         linear = nn.Linear(n, n - 1, bias=False, dtype=torch.float64)
         linear.weight.data = self.matrix
-        self.lipschitz = norm_bound(linear) ** 2 * (1 + 1e-12)
+        self.norm = norm_bound(linear)
+        self.lipschitz = self.norm**2 * (1 + 1e-12)
         self.y = torch.randn(1, n - 1, generator=generator, dtype=torch.float64)
 
     def A(self, x: Tensor) -> Tensor:
@@ -312,6 +313,9 @@ class Dense:
         normal = torch.eye(matrix.shape[1]).to(z) + tau * matrix.T @ matrix
         right = z.flatten(1) + tau * (y @ matrix)
         return torch.linalg.solve(normal, right.T).T.unflatten(1, self.image_shape)
+
+    def start(self, y: Tensor) -> Tensor:
+        return self.A_adjoint(y)
 
 
 def denoiser(channels: int = 1, **config: object) -> Denoiser:

@@ -36,16 +36,27 @@ from nonexpansive.math.rounding import above, below, euclidean, times, up
 
 
 class DataTerm(Protocol):
-    """A linear forward model A: its image shape, a bound on ‖A‖² (``lipschitz``), A, Aᵀ, and the proximal map of ½‖A· - y‖²."""
+    """A linear forward model A, from pictures (B, *image_shape) to data (B, *data_shape).
+
+    - ``norm``: a sound bound on ‖A‖; ``lipschitz``: norm², rounded up.
+    - ``A``, ``A_adjoint``: A and its exact adjoint.
+    - ``prox(z, y, tau)``: argmin_x ½‖Ax - y‖² + ‖x - z‖²/(2τ) in closed form; raises Refused where there is none.
+    - ``start(y)``: a picture to begin from.
+    """
 
     @property
     def image_shape(self) -> Shape: ...
+    @property
+    def data_shape(self) -> Shape: ...
+    @property
+    def norm(self) -> float: ...
     @property
     def lipschitz(self) -> float: ...
 
     def A(self, x: Tensor) -> Tensor: ...
     def A_adjoint(self, y: Tensor) -> Tensor: ...
     def prox(self, z: Tensor, y: Tensor, tau: float) -> Tensor: ...
+    def start(self, y: Tensor) -> Tensor: ...
 
 
 class AtLevel(nn.Module):
