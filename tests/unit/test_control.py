@@ -171,9 +171,17 @@ def test_the_state_is_saved_loaded_and_copied(name: str) -> None:
 
 
 def test_the_start_is_the_same_everywhere() -> None:
-    one = GradientFlow(nn.Linear(5, 4)).control.vector
+    linear = nn.Linear(5, 4)
+    one = GradientFlow(copy.deepcopy(linear)).control.vector
     torch.manual_seed(99)
-    assert torch.equal(one, GradientFlow(nn.Linear(5, 4)).control.vector)
+    assert torch.equal(one, GradientFlow(copy.deepcopy(linear)).control.vector)
+
+
+@pytest.mark.parametrize("linear", [nn.Linear(64, 64), nn.Conv2d(16, 16, 3, padding=1)])
+def test_fresh_weights_are_known_before_the_first_step(linear: nn.Module) -> None:
+    block = GradientFlow(linear)
+    estimate = float(block.control.squared_norm(linear, _apply).detach()) ** 0.5
+    assert 0.93 * sound_norm(linear) <= estimate <= sound_norm(linear)
 
 
 def test_an_estimate_recovers_from_weights_that_were_not_numbers() -> None:

@@ -31,7 +31,6 @@ from nonexpansive.math.certificate import (
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import euclidean, root, times
 from nonexpansive.nn.flow import GradientFlow
-from nonexpansive.nn.linear import homogeneous
 from nonexpansive.nn.resize import Residual, Scale
 from nonexpansive.nn.sort import MaxMin
 
@@ -124,10 +123,14 @@ class Symmetrised(nn.Module):
         self.inner, self.shifts = inner, tuple(sorted({0, *map(int, shifts)}))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            return self.inner(x)
-        views = [shifted(x, by) for s in self.shifts for by in {(s, s), (-s, -s)}]
-        outputs = [self.inner(seen) for view in views for seen in (view, view.flip(-1))]
+        return self.inner(x) if self.training else self.mean([self.inner(view) for view in self.views(x)])
+
+    def views(self, x: Tensor) -> list[Tensor]:
+        """What T sees of x: each (B, C, H, W)."""
+        moved = [shifted(x, by) for s in self.shifts for by in sorted({(s, s), (-s, -s)})]
+        return [view for y in moved for view in (y, y.flip(-1))]
+
+    def mean(self, outputs: list[Tensor]) -> Tensor:
         return torch.stack(outputs).sum(0) * (1 / len(outputs))
 
     def extra_repr(self) -> str:
@@ -149,19 +152,14 @@ def _symmetrised(module: Symmetrised, shape: Shape, unit: float) -> Certificate:
         raise Refused("Symmetrised is in training mode, where it takes no mean: call .eval() before certifying")
     inner = fold(module.inner, shape, unit)
     views = 2 * (2 * len(module.shifts) - 1)
-    one = total = Enclosure(inner.growth, inner.error, unit, entries(inner.codomain))
+    one = total = Enclosure.input(unit, entries(inner.codomain))
     for _ in range(views - 1):
         total = total + one
-    return from_enclosure(
-        total * (1 / views),
-        lipschitz=inner.lipschitz,
-        averaged=None,
-        domain=shape,
-        codomain=inner.codomain,
-        rule=f"Symmetrised: the mean over {views} views, each of norm at most 1",
-        assumptions=inner.assumptions,
-        parts=(inner,),
-    )
+    mean = from_enclosure(
+        total * (1 / views), lipschitz=1.0, averaged=None, domain=inner.codomain, codomain=inner.codomain,
+        rule="the mean of what is at most that large",
+    )  # fmt: skip
+    return chain(inner, mean, rule=f"Symmetrised: the mean over {views} views, each of norm at most 1")
 
 
 class UnitRows(nn.Module):
@@ -314,12 +312,7 @@ def dense_classifier(
     def block() -> nn.Module:
         if ordinary:
             return Residual(nn.Sequential(linear(), nn.ReLU(), linear(False)))
-        flow = GradientFlow(linear())
-        # what a raw estimate of the norm falls short by, the first training steps would multiply block after block
-        with torch.no_grad():
-            for _ in range(30):
-                flow.control.squared_norm(flow.linear, homogeneous)
-        return flow
+        return GradientFlow(linear())
 
     names = _names(classes)
     features = nn.Sequential(Centre([0.5] * shape[0]), nn.Flatten(), *(block() for _ in range(depth)))

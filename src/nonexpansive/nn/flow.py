@@ -34,6 +34,9 @@ from nonexpansive.nn.linear import affine, homogeneous, is_torch, offset_norm, p
 from nonexpansive.nn.pooled import PooledRamps
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
+WARM_UP = 20
+"""Power iterations on fresh weights, so that training starts with an estimate of ‖A‖ that is near it."""
+
 
 class GradientFlow(nn.Module):
     """n Runge-Kutta steps of size h of the gradient flow ẋ = -Aᵀσ(Ax + b): a non-expansive, or α-averaged, residual block.
@@ -79,6 +82,12 @@ class GradientFlow(nn.Module):
             raise Refused(f"{self.tableau.name} is implicit: use nonexpansive.nn.Resolvent for the implicit Euler step")
         self.control = find_control(control, alpha)
         self.control.attach(linear, probe_shape(linear, shape))
+        if not any(p.is_meta for p in linear.parameters()):
+            with (
+                torch.no_grad()
+            ):  # else what a raw estimate falls short by, the first steps of a deep network would multiply
+                for _ in range(WARM_UP):
+                    self.control.squared_norm(linear, homogeneous)
         self.recompute = recompute
         self._steepest = monotone(self.activation).high
         """L_σ for training, where reading it from the device at each step would stall."""

@@ -18,6 +18,7 @@ from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import root, times, up
 from nonexpansive.nn.classifier import dense_classifier, flow_classifier, paper_classifier
 from nonexpansive.nn.flow import GradientFlow
+from nonexpansive.nn.ordinary import DnCNN
 from nonexpansive.nn.pooled import PooledRamps
 from nonexpansive.nn.resize import Lifted
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
@@ -215,6 +216,7 @@ def _denoiser(module: Denoiser, shape: Shape, unit: float) -> Certificate:
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "denoiser": Denoiser,
     "dense_classifier": dense_classifier,
+    "dncnn": DnCNN,
     "flow_classifier": flow_classifier,
     "paper_classifier": paper_classifier,
 }

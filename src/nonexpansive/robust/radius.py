@@ -35,7 +35,7 @@ from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.certificate import Certificate, Shape, certify, chain
 from nonexpansive.math.enclosure import TINY
 from nonexpansive.math.rounding import UNIT, above, gamma
-from nonexpansive.nn.classifier import Classifier
+from nonexpansive.nn.classifier import Classifier, Symmetrised
 from nonexpansive.nn.flow import GradientFlow
 
 _UP = 1 + 2.0**-30
@@ -57,9 +57,9 @@ class Radii(NamedTuple):
 
 
 class _Layers(NamedTuple):
-    """A classifier taken apart: the layers up to the features, each with its certificate, and the last linear layer."""
+    """A classifier taken apart: the certificates of the layers up to the features, in order, and the last linear layer."""
 
-    features: list[tuple[nn.Module, Certificate]]
+    features: list[Certificate]
     head: nn.Linear | None
 
 
@@ -81,6 +81,7 @@ class CertifiedClassifier:
     lipschitz: float
     arithmetic: str
     head: bool
+    _reference: nn.Module
     _copy: _Layers
     _program: _Layers
     _unit: float
@@ -120,23 +121,18 @@ class CertifiedClassifier:
             raise BadInput("there are no images")
 
     def _run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The norms (N,) of what each layer of the copy is given and of its features, in this order, and its logits."""
+        """The norms (N,) of what each layer of the copy is given, in order, and its logits."""
         like = next(self.model.parameters(), x)
         if self.arithmetic != "exact":
             x = x.to(like.dtype)  # the very image that the program is given
         y = x.to(like.device, torch.float64)
-        y = y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
-        sizes = [_norm(y)]
-        for layer, _ in self._copy.features:
-            y = layer(y)
-            sizes.append(_norm(y))
-        return sizes, y if self._copy.head is None else self._copy.head(y)
+        return _sizes(self._reference, y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y)
 
     def _radii(self, x: Tensor) -> Radii:
         sizes, z = self._run(x)
         own = alpha = torch.zeros_like(sizes[0])
         beta, growth = 0.0, 1.0
-        for given, (_, copied), (_, program) in zip(sizes, self._copy.features, self._program.features, strict=False):
+        for given, copied, program in zip(sizes, self._copy.features, self._program.features, strict=False):
             # own: how far the copy may be from the exact map; alpha + beta·r: how far the program, at a distance of up to r
             L, e, here = program.lipschitz, program.error, given + own + alpha
             alpha, beta = L * alpha + e.slope * here + e.constant, L * beta + e.slope * (growth + beta)
@@ -186,8 +182,7 @@ def certify_classifier(
     reference = _in_float64(model)
     copied = _take_apart(reference, shape, torch.float64)[1]
     program = copied if arithmetic is None else program
-    features = [part for _, part in program.features]
-    lipschitz = chain(*features, rule="features").lipschitz if features else 1.0
+    lipschitz = chain(*program.features, rule="features").lipschitz if program.features else 1.0
     if program.head is None:
         lipschitz = certificate.lipschitz
     made = CertifiedClassifier(
@@ -198,6 +193,7 @@ def certify_classifier(
         lipschitz,
         certificate.arithmetic,
         program.head is not None,
+        reference,
         copied,
         program,
         UNIT[arithmetic or torch.float64],
@@ -223,21 +219,48 @@ def estimated_radii(logits: Tensor, rows: Tensor | None = None, lipschitz: float
 
 def _take_apart(model: nn.Module, shape: Shape, arithmetic: torch.dtype | None) -> tuple[Certificate, _Layers]:
     certificate = certify(model, shape, arithmetic=arithmetic)
-    parts = list(_flat(model, certificate))
-    last, part = parts[-1] if parts else (model, certificate)
-    if parametrize.type_before_parametrizations(last) is nn.Linear and len(part.domain) == 1:
-        return certificate, _Layers(parts[:-1], last)  # type: ignore[arg-type]
-    return certificate, _Layers(parts, None)
+    layers, parts = zip(*_flat(model, certificate), strict=True)
+    if parametrize.type_before_parametrizations(layers[-1]) is nn.Linear and len(parts[-1].domain) == 1:
+        return certificate, _Layers(list(parts[:-1]), layers[-1])
+    return certificate, _Layers(list(parts), None)
 
 
 def _flat(module: nn.Module, certificate: Certificate) -> Iterator[tuple[nn.Module, Certificate]]:
-    """The layers in the order in which they are applied, Sequentials and the two parts of a Classifier opened."""
-    if type(module) not in (nn.Sequential, Classifier):
+    """The layers in the order in which they are applied: Sequentials, the two parts of a Classifier, and Symmetrised opened, into
+    what is applied to each view and the mean."""
+    if isinstance(module, Symmetrised):
+        inner, mean = certificate.parts
+        yield from _flat(module.inner, inner)
+        yield module, mean
+    elif children := _chained(module):
+        for child, part in zip(children, certificate.parts, strict=True):
+            yield from _flat(child, part)
+    else:
         yield module, certificate
-        return
-    for child, part in zip(module._modules.values(), certificate.parts, strict=True):
-        assert child is not None
-        yield from _flat(child, part)
+
+
+def _sizes(module: nn.Module, y: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The norms (N,) of what each of ``_flat``'s layers is given, and the module's value at y.
+
+    Of several views, the largest: errors grow with sizes, and that of a mean is at most the largest of those of what it is taken of.
+    """
+    if isinstance(module, Symmetrised):
+        runs = [_sizes(module.inner, view) for view in module.views(y)]
+        outputs = [output for _, output in runs]
+        each = zip(*([*sizes, _norm(output)] for sizes, output in runs), strict=True)
+        return [torch.stack(norms).amax(0) for norms in each], module.mean(outputs)
+    if not (children := _chained(module)):
+        return [_norm(y)], module(y)
+    sizes = []
+    for child in children:
+        given, y = _sizes(child, y)
+        sizes += given
+    return sizes, y
+
+
+def _chained(module: nn.Module) -> list[nn.Module]:
+    """What a Sequential or a Classifier applies, in order, the same layer perhaps twice; of any other module nothing."""
+    return list(module._modules.values()) if type(module) in (nn.Sequential, Classifier) else []  # type: ignore[arg-type]
 
 
 def _in_float64(model: nn.Module) -> nn.Module:
@@ -270,7 +293,7 @@ def _compare(made: CertifiedClassifier) -> None:
     sizes, z = made._run(x)
     head = made._copy.head
     scale = (
-        sizes[-1]
+        _norm(z)
         if head is None
         else sizes[-1] * _norm(head.weight).max() + (0 if head.bias is None else head.bias.abs().max())
     )
