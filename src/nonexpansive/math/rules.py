@@ -76,8 +76,13 @@ def output_shape(module: nn.Module, shape: Shape) -> Shape:
 def _linear(module: nn.Linear | nn.Conv2d, shape: Shape, unit: float) -> Certificate:
     if not isinstance(module, nn.Linear):
         spatial(module, shape)
+    return linear(module, shape, unit)
+
+
+def linear(module: nn.Linear | nn.Conv2d, shape: Shape, unit: float, norm: float | None = None) -> Certificate:
+    """The certificate of a linear layer of torch on samples of ``shape``; ``norm`` bounds its ‖A‖ (None: it is bounded here)."""
     codomain = output_shape(module, shape)
-    norm = norm_bound(module, shape)
+    norm = norm_bound(module, shape) if norm is None else norm
     absolute = absolute_norm_bound(module) if unit else 0.0
     x = Enclosure.input(unit, entries(shape))
     out = x.linear(norm, absolute, terms(module)[0], entries(codomain), bias_norm(module, codomain))

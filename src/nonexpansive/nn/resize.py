@@ -137,16 +137,20 @@ class Residual(nn.Module):
 @rule(Residual)
 def _residual(module: Residual, shape: Shape, unit: float) -> Certificate:
     require_out_of_place(module.inner, "which Residual uses again")
-    inner = fold(module.inner, shape, unit)
+    return residual(fold(module.inner, shape, unit), unit)
+
+
+def residual(inner: Certificate, unit: float) -> Certificate:
+    """x + F(x), of the certificate of F: L ≤ 1 + L_F, and nothing more."""
     if inner.codomain != inner.domain:
         raise Refused(f"Residual needs an inner map into its own space, not {inner.domain} → {inner.codomain}")
-    size = entries(shape)
+    size = entries(inner.domain)
     return from_enclosure(
         Enclosure.input(unit, size) + Enclosure(inner.growth, inner.error, unit, size),
         lipschitz=plus(1.0, inner.lipschitz),
         averaged=None,
-        domain=shape,
-        codomain=shape,
+        domain=inner.domain,
+        codomain=inner.domain,
         rule="Residual: L ≤ 1 + L_F",
         assumptions=inner.assumptions,
         parts=(inner,),
