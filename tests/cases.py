@@ -38,14 +38,21 @@ from nonexpansive.nn.classifier import (
     paper_classifier,
 )
 from nonexpansive.nn.models import Denoiser
+from nonexpansive.restore.likelihood import Poisson
 from nonexpansive.restore.splitting import (
     AtLevel,
     Box,
     DouglasRachford,
+    DualOfData,
     ForwardBackward,
+    GradientRED,
     GradientStep,
     HalfQuadratic,
+    Halpern,
+    KrasnoselskiiMann,
+    PrimalDual,
     ProximalStep,
+    Rescaled,
 )
 from nonexpansive.restore.tiles import Tiled, bytes_per_pixel
 
@@ -343,6 +350,18 @@ def _step(shape: Shape, of: type, tau: float) -> Callable[[], nn.Module]:
 
 
 _IMAGE = (1, 4, 3)
+
+
+def _photons() -> nn.Module:
+    data, noise = Dense(_IMAGE), Poisson(0.1, 0.4)
+    return GradientStep(data, data.y.abs(), 1.9 / (data.lipschitz * noise.smoothness(data.y.abs())), noise)
+
+
+def _primal_dual() -> nn.Module:
+    data = Dense(_IMAGE)
+    return PrimalDual(AtLevel(denoiser(alpha=0.5), 0.1), DualOfData(data, data.y), _IMAGE, 0.7)
+
+
 _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
     ("MaxMin", MaxMin, (4, 3), True),
     ("GroupSort", lambda: GroupSort(3), (6,), True),
@@ -395,6 +414,14 @@ _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
     ),
     ("Sequential, pooled to norm 1", lambda: nn.Sequential(nn.AvgPool2d(2), Scale(2.0)), (1, 4, 4), True),
     ("Box", Box, (3, 2), True),
+    ("Box with other bounds", lambda: Box(0.1, 3), (3, 2), True),
+    ("Rescaled", lambda: Rescaled(AtLevel(denoiser(), 0.1), 0.7), (1, 5, 3), True),
+    ("GradientStep, Poisson", _photons, _IMAGE, False),
+    ("RED gradient", lambda: GradientRED(
+        _step(_IMAGE, GradientStep, 0.9)(), AtLevel(denoiser(), 0.1), 0.2), _IMAGE, False),  # type: ignore[arg-type]
+    ("Krasnosel'skii-Mann", lambda: KrasnoselskiiMann(GradientFlow(nn.Linear(3, 3), alpha=0.5), 1.9), (3,), True),
+    ("Halpern", lambda: Halpern(GradientFlow(nn.Linear(3, 3))), (3,), True),
+    ("primal-dual", _primal_dual, (12 + 11,), False),
     ("GradientStep", _step(_IMAGE, GradientStep, 1.7), _IMAGE, False),
     ("ProximalStep", _step(_IMAGE, ProximalStep, 2.0), _IMAGE, False),
     ("forward-backward", lambda: ForwardBackward(

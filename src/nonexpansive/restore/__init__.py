@@ -2,15 +2,25 @@
 
 from nonexpansive.restore.deblurring import Plan, plan
 from nonexpansive.restore.iterate import Report, fixed_point, prove
+from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
 from nonexpansive.restore.physics import Blurring, blur, degrade, kernel
 from nonexpansive.restore.splitting import (
     AtLevel,
     Box,
+    DataTerm,
     DouglasRachford,
+    DualOfBox,
+    DualOfData,
     ForwardBackward,
+    GradientRED,
     GradientStep,
     HalfQuadratic,
+    Halpern,
+    KrasnoselskiiMann,
+    PrimalDual,
     ProximalStep,
+    Rescaled,
+    prior,
     splitting,
 )
 from nonexpansive.restore.tiles import Tiled
@@ -19,19 +29,31 @@ __all__ = [
     "AtLevel",
     "Blurring",
     "Box",
+    "DataTerm",
     "DouglasRachford",
+    "DualOfBox",
+    "DualOfData",
     "ForwardBackward",
+    "Gaussian",
+    "GradientRED",
     "GradientStep",
     "HalfQuadratic",
+    "Halpern",
+    "KrasnoselskiiMann",
+    "Likelihood",
     "Plan",
+    "Poisson",
+    "PrimalDual",
     "ProximalStep",
     "Report",
+    "Rescaled",
     "Tiled",
     "blur",
     "degrade",
     "fixed_point",
     "kernel",
     "plan",
+    "prior",
     "prove",
     "splitting",
 ]
