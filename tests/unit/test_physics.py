@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from nonexpansive.errors import BadInput, Refused
+from nonexpansive.restore.operators import forward_model
 from nonexpansive.restore.physics import Blurring, Boundary, blur, degrade, image_shape, kernel, noise_level
 
 pytest.importorskip("deepinv")
@@ -229,6 +230,35 @@ def test_degrade(boundary: Boundary) -> None:
     assert degrade(torch.ones_like(x), blurring, 0.1).max() > 1.1  # not clipped
     with pytest.raises(BadInput, match="finite"):
         degrade(x, blurring, -0.1)
+
+
+def test_photons_have_the_mean_and_variance_of_their_gain() -> None:
+    blurring = blur(kernel("box:3"), (1, 128, 128))
+    x = torch.full((1, 1, 128, 128), 0.5)
+    for noise in (0.0, 0.1):
+        y = degrade(x, blurring, noise, seed=2, gain=0.02)
+        assert abs(float(y.mean()) - 0.5) < 0.005  # six standard deviations of the mean
+        assert float(y.var()) == pytest.approx(0.02 * 0.5 + noise**2, rel=0.06)
+        assert torch.equal(y, degrade(x, blurring, noise, seed=2, gain=0.02))
+        assert not torch.equal(y, degrade(x, blurring, noise, seed=3, gain=0.02))
+    counts = degrade(x, blurring, 0.0, gain=0.02) / 0.02
+    torch.testing.assert_close(counts, counts.round(), atol=1e-4, rtol=0)
+    with pytest.raises(BadInput, match="not negative"):
+        degrade(-x, blurring, 0.0, gain=0.02)
+    for gain in (-1.0, math.inf, math.nan):
+        with pytest.raises(BadInput, match="gain"):
+            degrade(x, blurring, 0.0, gain=gain)
+
+
+def test_noise_is_only_where_something_is_measured() -> None:
+    inpainting = forward_model("inpaint", (3, 32, 32), keep=0.3)
+    x = torch.rand(2, 3, 32, 32) + 0.1
+    known = inpainting.A(x) != 0
+    noisy = degrade(x, inpainting, 0.1)
+    assert not bool(noisy[~known].any()) and float((noisy - x)[known].std()) == pytest.approx(0.1, rel=0.1)
+    mri = forward_model("mri", (1, 32, 32))
+    spectrum, clean = degrade(x[:, :1], mri, 0.1), mri.A(x[:, :1])
+    assert not bool(spectrum[..., 0].any()) and bool((spectrum != clean)[..., 16].all())
 
 
 def test_importing_does_not_need_deepinv() -> None:

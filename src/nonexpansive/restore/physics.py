@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -218,12 +218,12 @@ class Blurring:
 
     def A(self, x: Tensor) -> Tensor:
         """k ∗ x: (B, *image_shape) to (B, *data_shape)."""
-        _check(x, self.image_shape, "a picture")
+        check(x, self.image_shape, "a picture")
         return self.crop(self.physics.A(x))
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         """Aᵀy: (B, *data_shape) to (B, *image_shape)."""
-        _check(y, self.data_shape, "data")
+        check(y, self.data_shape, "data")
         return self.physics.A_adjoint(torch.nn.functional.pad(y, self.margins))
 
     def crop(self, x: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class Blurring:
 
     def start(self, y: Tensor) -> Tensor:
         """A picture to start from: the data, continued by their border values where "valid" leaves them unknown."""
-        _check(y, self.data_shape, "data")
+        check(y, self.data_shape, "data")
         return torch.nn.functional.pad(y, self.margins, mode="replicate")
 
     def prox(self, z: Tensor, y: Tensor, tau: float) -> Tensor:
@@ -245,8 +245,8 @@ class Blurring:
             )
         if not tau > 0:
             raise ValueError(f"tau must be positive, got {tau}")
-        _check(z, self.image_shape, "a picture")
-        _check(y, self.data_shape, "data")
+        check(z, self.image_shape, "a picture")
+        check(y, self.data_shape, "data")
         return self.physics.prox_l2(z, y, gamma=tau)
 
     def symbol(self) -> Tensor:
@@ -295,9 +295,10 @@ def image_shape(data_shape: tuple[int, int, int], kernel: Tensor, boundary: Boun
     return channels, height + kernel.shape[0] - 1, width + kernel.shape[1] - 1
 
 
-def _check(x: Tensor, shape: tuple[int, int, int], what: str) -> None:
-    if x.ndim != 4 or tuple(x.shape[1:]) != shape:
-        raise ValueError(f"{what} of shape (B, {', '.join(map(str, shape))}) is expected, got {tuple(x.shape)}")
+def check(x: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """Raises BadInput unless x is (B, *shape)."""
+    if tuple(x.shape[1:]) != shape:
+        raise BadInput(f"{what} of shape (B, {', '.join(map(str, shape))}) is expected, got {tuple(x.shape)}")
 
 
 # ---- noise
@@ -319,16 +320,34 @@ def noise_level(text: str) -> float:
     return level
 
 
-def degrade(x: Tensor, blurring: Blurring, noise: float, seed: int = 0) -> Tensor:
+class Forward(Protocol):
+    """What noise is added to: a map A, of whose data the mask ``measured``, where there is one, says which entries are measured."""
+
+    def A(self, x: Tensor) -> Tensor: ...
+
+
+def degrade(x: Tensor, data: Forward, noise: float, seed: int = 0, gain: float = 0.0) -> Tensor:
     """y = Ax + n, n Gaussian of standard deviation ``noise``, not clipped; (B, *image_shape) to (B, *data_shape).
 
-    The noise is drawn on the CPU from ``seed``, so that it is the same on every device. Raises ``BadInput`` for a level
-    that is negative or not finite.
+    With a ``gain`` γ > 0, Ax is first replaced by γ·Poisson(Ax/γ), photons counted in units of γ: mean Ax, variance γAx. Entries that
+    the forward model does not measure get no noise. All noise is drawn on the CPU from ``seed``, so that it is the same on every
+    device. Raises ``BadInput`` for a level or gain that is negative or not finite, and for photons of a negative Ax, unless that is
+    within the rounding of an FFT.
     """
-    from deepinv.physics import GaussianNoise
+    from deepinv.physics import GaussianNoise, PoissonGaussianNoise
 
-    if not 0 <= noise < math.inf:
-        raise BadInput(f"a noise level is a finite number from 0, got {noise}")
-    y = blurring.A(x)
-    zeros = torch.zeros(y.shape, dtype=y.dtype)
-    return y + GaussianNoise(noise, rng=torch.Generator().manual_seed(seed))(zeros).to(y.device)
+    for what, value in (("noise level", noise), ("gain", gain)):
+        if not 0 <= value < math.inf:
+            raise BadInput(f"a {what} is a finite number from 0, got {value}")
+    y, rng = data.A(x), torch.Generator().manual_seed(seed)
+    if gain:
+        if float(y.min()) < -1e-5 * float(y.abs().max()):
+            raise BadInput(
+                "photons can only be counted of data that are not negative: use Gaussian noise alone, gain 0"
+            )
+        noisy = PoissonGaussianNoise(gain, noise, clip_positive=True, rng=rng)(y.cpu()).to(y)
+    else:
+        zeros = torch.zeros(y.shape, dtype=y.dtype)
+        noisy = y + GaussianNoise(noise, rng=rng)(zeros).to(y.device)
+    measured = getattr(data, "measured", None)
+    return noisy if measured is None else torch.where(measured.to(y.device) != 0, noisy, y)
