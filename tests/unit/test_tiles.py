@@ -104,6 +104,28 @@ def test_memory_bounds_the_tiles() -> None:
             Tiled(model, wrong)
 
 
+def test_a_batch_that_does_not_fit_goes_one_by_one() -> None:
+    model = denoiser(blocks=1, factor=1, features=2).eval()
+    x, seen = torch.rand(3, 1, 20, 21), []
+    forward = model.forward
+
+    def watched(noisy: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+        seen.append(tuple(noisy.shape))
+        return forward(noisy, sigma)
+
+    model.forward = watched  # type: ignore[method-assign]
+    split = Tiled(model, 2.5 * 420 * bytes_per_pixel(model))
+    levels = torch.tensor([0.05, 0.1, 0.2])
+    with torch.no_grad():
+        for sigma in (levels, 0.1, torch.tensor(0.1), torch.tensor([0.1])):
+            seen.clear()
+            torch.testing.assert_close(split(x, sigma), forward(x, sigma))
+            assert seen == [(1, 1, 20, 21)] * 3
+        seen.clear()
+        split(x[:2], 0.1)
+    assert seen == [(2, 1, 20, 21)]
+
+
 def test_tiles_are_for_evaluation() -> None:
     model = denoiser(blocks=1, factor=1).train()
     split = Tiled(model, bytes_per_pixel(model) * 13**2)

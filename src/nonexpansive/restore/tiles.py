@@ -29,8 +29,8 @@ def bytes_per_pixel(denoiser: Denoiser) -> float:
 class Tiled(nn.Module):
     """D evaluated tile by tile: the same map as D itself (B, C, H, W), σ → (B, C, H, W), in at most ``memory`` bytes for D's own arrays.
 
-    Pictures that fit are evaluated whole. Raises BadInput if even the smallest tile, as wide as the reach, does not fit, and for
-    tiles in training mode, where D's reach is not settled.
+    Pictures that fit are evaluated whole, a batch one by one where it does not fit together. Raises BadInput if even the smallest tile,
+    as wide as the reach, does not fit, and for tiles in training mode, where D's reach is not settled.
     """
 
     def __init__(self, denoiser: Denoiser, memory: float = 1e9) -> None:
@@ -59,7 +59,13 @@ class Tiled(nn.Module):
         return side, border
 
     def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
-        if self.whole(tuple(noisy.shape)):
+        whole = self.whole(tuple(noisy.shape))
+        if len(noisy) > 1 and not (
+            whole and len(noisy) * noisy[0, 0].numel() * bytes_per_pixel(self.denoiser) <= self.memory
+        ):
+            levels = sigma.reshape(-1).expand(len(noisy)) if isinstance(sigma, Tensor) else [sigma] * len(noisy)
+            return torch.cat([self(x[None], level) for x, level in zip(noisy, levels, strict=True)])
+        if whole:
             return self.denoiser(noisy, sigma)
         if self.denoiser.training:
             raise BadInput("a picture is evaluated in tiles in evaluation mode only: call .eval()")
