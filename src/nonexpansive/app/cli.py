@@ -8,26 +8,40 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
-import nonexpansive
 from nonexpansive import checkpoint
 from nonexpansive.app.experiments import experiment
-from nonexpansive.app.images import Photograph, read_image, write_image
+from nonexpansive.app.images import read_image, write_image
 from nonexpansive.app.output import check_writable, write_json
+from nonexpansive.app.restore import restore
 from nonexpansive.app.robust import attack, certify_model, classify
+from nonexpansive.app.runs import (
+    Figure,
+    Iterations,
+    Json,
+    Memory,
+    Model,
+    Seed,
+    Tolerance,
+    ceil,
+    check_outputs,
+    compare,
+    err,
+    finish,
+    iterate,
+    out,
+    show_certificate,
+    show_plan,
+    the_denoiser,
+    whole,
+)
 from nonexpansive.errors import BadInput, NonexpansiveError, Refused
 from nonexpansive.math.certificate import certify
-from nonexpansive.nn.models import Denoiser
 from nonexpansive.restore import blur, degrade, plan
 from nonexpansive.restore.physics import KERNEL_FORMS, image_shape, kernel, noise_level
 from nonexpansive.restore.tiles import Tiled
@@ -46,29 +60,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help=f"Image restoration by neural networks that are provably stable.\n\n{CODES}",
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
 Photo = Annotated[Path, typer.Argument(help="A photograph: PNG, JPEG or TIFF, grey or colour, 8 or 16 bit.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the restored picture goes: .png, .jpg or .tiff.")]
-Model = Annotated[
-    str | None,
-    typer.Option(help="A shipped model (see `nonexpansive models`) or a .safetensors file. [default: by channels]"),
-]
-Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the result, with the certificate, as JSON.")
-]
-Figure = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write a figure (.png or .pdf): pictures side by side.")
-]
-Memory = Annotated[
-    float, typer.Option(metavar="MB", help="Bound on the denoiser's own arrays; larger pictures go in tiles.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise that is added.")]
-
-
-def _noise(text: str) -> float:
-    return noise_level(text)
 
 
 @app.command(epilog=CODES)
@@ -98,8 +91,8 @@ def deblur(
     ] = None,
     level: Annotated[str | None, typer.Option(help="The denoiser's noise level, in place of the rule's.")] = None,
     tau: Annotated[float | None, typer.Option(help="The data step τ, in place of the rule's.")] = None,
-    tolerance: Annotated[float, typer.Option(min=1e-6, help="Stop when the relative residual is at most this.")] = 3e-4,
-    iterations: Annotated[int, typer.Option(min=1, help="At most so many steps.")] = 300,
+    tolerance: Tolerance = 3e-4,
+    iterations: Iterations = 300,
     seed: Seed = 0,
     memory: Memory = 1000.0,
     figure: Figure = None,
@@ -111,13 +104,13 @@ def deblur(
     one, which is blurred and disturbed first, so that PSNR and SSIM can be measured.
     """
     began = time.perf_counter()
-    _check_outputs(photo, output, figure, json_file)
-    level_of_noise = _noise(noise)
-    sigma = None if level is None else _noise(level)
+    check_outputs(photo, output, figure, json_file)
+    level_of_noise = noise_level(noise)
+    sigma = None if level is None else noise_level(level)
     k = kernel(blur_kernel)
     picture = read_image(photo)
     boundary = boundary or ("circular" if degraded else "valid")
-    denoiser = _denoiser(model, picture)
+    denoiser = the_denoiser(model, picture.tensor.shape[0], str(picture.path))
     x = picture.tensor[None]
     shape = tuple(picture.tensor.shape)
     if degraded:
@@ -127,22 +120,9 @@ def deblur(
     else:
         clean, y = None, x
         blurring = blur(k, image_shape(shape, k, boundary), boundary)  # type: ignore[arg-type]
-    prepared = plan(
-        y, blurring, denoiser, level_of_noise, method=method, sigma=sigma, tau=tau, memory=memory * 1e6  # type: ignore[arg-type]
-    )  # fmt: skip
-    _show_certificate(prepared.certificate, denoiser)
-    out.print(
-        f"L of the data term ≤ {blurring.lipschitz:.6g}, τ = {prepared.tau:.4g}, denoiser at {prepared.sigma * 255:.2f}/255; "
-        f"α of the iteration ≤ {_ceil(prepared.certificate.averaged)}: [bold green]convergence is proved[/]"
-    )
-    curve: list[float] = []
-    with _progress(iterations, "residual") as show:
-
-        def watch(k: int, residual: float, x: Tensor) -> None:
-            curve.append(residual)
-            show(k, f"{residual:.2e}")
-
-        report = prepared.run(tolerance=tolerance, iterations=iterations, watch=watch)
+    prepared = plan(y, blurring, denoiser, level_of_noise, method=method, sigma=sigma, tau=tau, memory=memory * 1e6)
+    show_plan(prepared, denoiser)
+    report = iterate(prepared, tolerance, iterations)
     restored = blurring.crop(report.image) if not degraded else report.image
     restored = restored.clamp(0, 1)
     result: dict[str, Any] = {
@@ -155,25 +135,21 @@ def deblur(
         "method": prepared.method,
         "level": prepared.sigma,
         "tau": prepared.tau,
-        "tiled": not _whole(denoiser, blurring.image_shape, memory),
+        "tiled": not whole(denoiser, blurring.image_shape, memory),
         **report.to_json(),
     }
-    ending = "converged" if report.converged else "stopped, not yet converged,"
-    out.print(
-        f"{ending} after {report.iterations} steps at a relative residual of {report.residuals[-1]:.2e}, {report.seconds:.1f} s"
-    )
     write_image(output, restored[0], bits=picture.bits, icc=picture.icc)
     if clean is not None:
         shown = blurring.crop(clean), y, blurring.crop(restored)
-        result["quality"] = _compare({"blurred": (shown[1], shown[0]), "restored": (shown[2], shown[0])})
+        result["quality"] = compare({"blurred": (shown[1], shown[0]), "restored": (shown[2], shown[0])})
     else:
         shown = (None, y, restored)
     if figure is not None:
         from nonexpansive.app.figures import restoration
 
-        restoration(figure, clean=shown[0], degraded=shown[1], restored=shown[2], residuals=curve, tolerance=tolerance,
+        restoration(figure, clean=shown[0], degraded=shown[1], restored=shown[2], residuals=report.residuals, tolerance=tolerance,
                     quality=result.get("quality"))  # fmt: skip
-    _finish(result, output, figure, json_file, began)
+    finish(result, output, figure, json_file, began)
 
 
 @app.command(epilog=CODES)
@@ -194,14 +170,14 @@ def denoise(
 ) -> None:
     """Denoise a photograph with a certified averaged denoiser."""
     began = time.perf_counter()
-    _check_outputs(photo, output, figure, json_file)
-    sigma = _noise(noise)
+    check_outputs(photo, output, figure, json_file)
+    sigma = noise_level(noise)
     picture = read_image(photo)
-    denoiser = _denoiser(model, picture)
+    denoiser = the_denoiser(model, picture.tensor.shape[0], str(picture.path))
     tiled = Tiled(denoiser, memory * 1e6)
     shape = tuple(picture.tensor.shape)
     certificate = certify(tiled, shape)
-    _show_certificate(certificate, denoiser)
+    show_certificate(certificate, denoiser)
     clean = picture.tensor[None]
     y = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)) if degraded else clean
     with torch.no_grad(), err.status("denoising"):
@@ -216,17 +192,18 @@ def denoise(
         "certificate": certificate.to_json(),
     }
     if degraded:
-        result["quality"] = _compare({"noisy": (y, clean), "restored": (restored, clean)})
+        result["quality"] = compare({"noisy": (y, clean), "restored": (restored, clean)})
     if figure is not None:
         from nonexpansive.app.figures import restoration
 
         restoration(
             figure, clean=clean if degraded else None, degraded=y, restored=restored, quality=result.get("quality")
         )
-    _finish(result, output, figure, json_file, began)
+    finish(result, output, figure, json_file, began)
 
 
 app.command("certify", epilog=CODES)(certify_model)
+app.command(epilog=CODES)(restore)
 app.command(epilog=CODES)(attack)
 app.command(epilog=CODES)(classify)
 
@@ -243,7 +220,7 @@ def models(json_file: Json = None) -> None:
         weights = sum(t.numel() for key, t in tensors.items() if not key.endswith("control.vector"))
         mark = f"  (default of {', '.join(tasks)})" if tasks else ""
         alpha, lipschitz = header.claimed["averaged"], header.claimed["lipschitz"]
-        proved = f"α ≤ {_ceil(alpha)}" if alpha is not None else f"L ≤ {_ceil(lipschitz)}"
+        proved = f"α ≤ {ceil(alpha)}" if alpha is not None else f"L ≤ {ceil(lipschitz)}"
         out.print(f"{name}: {header.architecture}, {weights:,} parameters, {proved}{mark}", markup=False)
         listed.append({"name": name, "parameters": weights, "default_of": tasks, **vars(header)})
     if json_file is not None:
@@ -288,81 +265,6 @@ def train(
 
 
 app.command(epilog=CODES)(experiment)
-
-
-# ------------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _check_outputs(photo: Path, output: Path, figure: Path | None, json_file: Path | None) -> None:
-    """Refuse, before any work, what could not be written at its end."""
-    check_writable(output, inputs=(photo,))
-    if figure is not None:
-        check_writable(figure, inputs=(photo, output), suffixes=(".png", ".pdf", ".svg"))
-    if json_file is not None:
-        check_writable(json_file, inputs=(photo, output), suffixes=(".json",))
-
-
-def _denoiser(name: str | None, picture: Photograph) -> Denoiser:
-    channels = picture.tensor.shape[0]
-    module = checkpoint.load(name or checkpoint.DEFAULTS["denoise" if channels == 3 else "denoise-grey"])
-    if not isinstance(module, Denoiser):
-        raise BadInput(f"{name} is a {type(module).__name__}, not a denoiser")
-    if module.channels != channels:
-        raise BadInput(
-            f"{name} takes {module.channels} channel(s), but {picture.path} has {channels}: choose another --model"
-        )
-    return module
-
-
-def _whole(denoiser: Denoiser, shape: tuple[int, ...], memory: float) -> bool:
-    return Tiled(denoiser, memory * 1e6).whole(shape)
-
-
-def _show_certificate(certificate: nonexpansive.Certificate, denoiser: Denoiser) -> None:
-    """The tree without the denoiser's single flows, which are all alike."""
-    lines = [line for line in str(certificate).splitlines() if "GradientFlow:" not in line]
-    out.print("\n".join(lines), markup=False)
-    out.print(f"  ({len(denoiser.lifted.inner)} gradient flows; `nonexpansive certify` prints them)", markup=False)  # type: ignore[arg-type]
-
-
-def _ceil(alpha: float | None) -> str:
-    return "unknown" if alpha is None else f"{-(-alpha * 1e4 // 1) / 1e4:.4f}"
-
-
-def _compare(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
-    """PSNR (dB, peak 1) and SSIM of each picture against its truth, printed and returned."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
-    quality = {}
-    for name, (picture, truth) in pairs.items():
-        psnr = float(peak_signal_noise_ratio(picture, truth, data_range=1.0))
-        ssim = (
-            structural_similarity_index_measure(picture, truth, data_range=1.0) if min(truth.shape[-2:]) >= 11 else None
-        )
-        assert ssim is None or isinstance(ssim, Tensor)
-        quality[name] = {"psnr": psnr} | ({} if ssim is None else {"ssim": float(ssim)})
-        out.print(f"{name:>9}: PSNR {psnr:.2f} dB" + ("" if ssim is None else f", SSIM {float(ssim):.4f}"))
-    return quality
-
-
-@contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[int, str], None]]:
-    columns = (
-        BarColumn(),
-        TextColumn("{task.completed} steps"),
-        TimeElapsedColumn(),
-        TextColumn(what + " {task.fields[value]}"),
-    )
-    with Progress(*columns, console=err, transient=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=total, value="")
-        yield lambda k, value: bar.update(task, completed=k, value=value)
-
-
-def _finish(result: dict[str, Any], output: Path, figure: Path | None, json_file: Path | None, began: float) -> None:
-    if json_file is not None:
-        write_json(json_file, result)
-    written = ", ".join(str(path) for path in (output, figure, json_file) if path is not None)
-    out.print(f"wrote {written} ({time.perf_counter() - began:.1f} s in all)")
 
 
 def main() -> None:

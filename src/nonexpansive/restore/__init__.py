@@ -1,9 +1,10 @@
 """Restoration: splittings as certified modules, run to their fixed point; the forward models come from deepinv."""
 
-from nonexpansive.restore.deblurring import Plan, plan
 from nonexpansive.restore.iterate import Report, fixed_point, prove
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
+from nonexpansive.restore.operators import Operator, forward_model
 from nonexpansive.restore.physics import Blurring, blur, degrade, kernel
+from nonexpansive.restore.restoration import Plan, measure, plan
 from nonexpansive.restore.splitting import (
     AtLevel,
     Box,
@@ -41,6 +42,7 @@ __all__ = [
     "Halpern",
     "KrasnoselskiiMann",
     "Likelihood",
+    "Operator",
     "Plan",
     "Poisson",
     "PrimalDual",
@@ -51,7 +53,9 @@ __all__ = [
     "blur",
     "degrade",
     "fixed_point",
+    "forward_model",
     "kernel",
+    "measure",
     "plan",
     "prior",
     "prove",

@@ -256,10 +256,10 @@ def _box(module: Box, shape: Shape, unit: float) -> Certificate:
     size = root(entries(shape))
     nearest = max(module.low, -module.high, 0.0)  # of 0
     # a bound that is no number of the program's type is rounded to one, which moves the result by as much
-    rounding = 0.0 if {module.low, module.high} <= {-1.0, 0.0, 1.0} else max(-module.low, module.high) * unit
+    rounding = 0.0 if {module.low, module.high} <= {-1.0, 0.0, 1.0} else times(max(-module.low, module.high), unit)
     name = f"Box: projection on [{module.low:g}, {module.high:g}]"
     return Certificate(
-        1.0, 0.5, shape, shape, name, Affine(1.0, times(nearest, size)), Affine(0.0, times(up(rounding), size))
+        1.0, 0.5, shape, shape, name, Affine(1.0, times(nearest, size)), Affine(0.0, times(rounding, size))
     )
 
 

@@ -1,0 +1,434 @@
+"""The command `restore`: any forward model, any splitting, from a picture or a measurement; one file or a folder of them."""
+
+from __future__ import annotations
+
+import ast
+import struct
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from nonexpansive.app.images import Photograph, read_image, write_image
+from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, write_json
+from nonexpansive.app.runs import (
+    Figure,
+    Iterations,
+    Json,
+    Memory,
+    Model,
+    Seed,
+    Tolerance,
+    check_outputs,
+    compare,
+    finish,
+    iterate,
+    out,
+    show_plan,
+    the_denoiser,
+    whole,
+)
+from nonexpansive.atomic import atomic
+from nonexpansive.errors import BadInput, NonexpansiveError
+from nonexpansive.restore.iterate import NOT_CERTIFIED
+from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
+from nonexpansive.restore.operators import MODELS, forward_model, settings
+from nonexpansive.restore.physics import Blurring, image_shape, kernel, noise_level
+from nonexpansive.restore.restoration import Plan, measure, plan
+from nonexpansive.restore.splitting import METHODS, DataTerm
+
+ARRAYS = (".npy", ".pt")
+MAX_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input, its output, and the settings that all inputs share."""
+
+    source: Path
+    output: Path
+    physics: str
+    settings: dict[str, Any]
+    size: tuple[int, ...] | None
+    degraded: bool
+    likelihood: Likelihood
+    model: str | None
+    chosen: dict[str, Any]
+    """Arguments of :func:`plan`."""
+    acceleration: str | None
+    tolerance: float
+    iterations: int
+    seed: int
+    memory: float
+
+
+def restore(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="A picture (PNG, JPEG, TIFF), an array or tensor of data (.npy, .pt), or a folder of such files.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The restored picture: .png, .jpg, .tiff or .npy; for a folder, a folder."),
+    ],
+    physics: Annotated[str, typer.Option("--physics", "-p", metavar="NAME", help=f"One of {', '.join(MODELS)}.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the forward model, such as kernel=motion:15,30."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW", help="Of the unknown picture, where the data do not tell (CxHxW: channels as well)."
+        ),
+    ] = None,
+    degraded: Annotated[
+        bool,
+        typer.Option(
+            "--degrade/--restore", help="INPUT is a clean picture: measure it first; or INPUT is the measurement."
+        ),
+    ] = False,
+    noise: Annotated[
+        str, typer.Option("--noise", "-s", metavar="S", help="Standard deviation of the Gaussian noise: 1%, 0.01.")
+    ] = "0",
+    poisson: Annotated[
+        float | None, typer.Option(metavar="GAIN", help="Photon noise of so many grey values a photon, beside --noise.")
+    ] = None,
+    background: Annotated[
+        float, typer.Option(metavar="B", help="With --poisson: the grey value that the data hold beside the picture's.")
+    ] = 0.0,
+    model: Model = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [default: by forward model and noise]")
+    ] = None,
+    level: Annotated[str | None, typer.Option(help="The denoiser's noise level, in place of the rule's.")] = None,
+    strength: Annotated[
+        float, typer.Option(metavar="T", help="(1-T)I + T·D in place of the denoiser D; below 1 weakens it.")
+    ] = 1.0,
+    scaling: Annotated[
+        float, typer.Option(metavar="MU", help="D(MU·x)/MU in place of D(x), for denoisers without a level.")
+    ] = 1.0,
+    relax: Annotated[
+        bool | None,
+        typer.Option(
+            "--relax/--no-relax",
+            help="Weaken the denoiser to α ≤ 1/2, where the method needs it. [default: if the method is left open]",
+        ),
+    ] = None,
+    tau: Annotated[float | None, typer.Option(help="The data step τ, in place of the rule's.")] = None,
+    relaxation: Annotated[
+        float | None, typer.Option(metavar="LAMBDA", help="Krasnosel'skii-Mann: (1-λ)x + λT(x), λ below 1/α.")
+    ] = None,
+    anchored: Annotated[
+        bool, typer.Option("--anchored", help="Halpern's iteration, for which non-expansive suffices.")
+    ] = False,
+    box: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Keep grey values within; `none`. [default: by method]")
+    ] = None,
+    acceleration: Annotated[
+        str | None, typer.Option(help="anderson: fewer steps to the same fixed point, safeguarded.")
+    ] = None,
+    iterations: Iterations = 300,
+    tolerance: Tolerance = 3e-4,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Run even where convergence is not proved; every output says so.")
+    ] = False,
+    seed: Seed = 0,
+    memory: Memory = 1000.0,
+    figure: Figure = None,
+    json_file: Json = None,
+) -> None:
+    """Restore a picture from blurred, incomplete or indirect data by an iteration whose convergence is proved before it runs.
+
+    Prints the certificate, iterates with the residual in view, and writes the picture. With --degrade the INPUT is a clean picture, which
+    is measured first, so that PSNR and SSIM can be told. A folder is restored file by file.
+    """
+    began = time.perf_counter()
+    nu = noise_level(noise)
+    if background and poisson is None:
+        raise BadInput("--background belongs to photon noise: give --poisson GAIN as well")
+    likelihood: Likelihood = Gaussian(nu) if poisson is None else Poisson(poisson, background, nu)
+    chosen = {
+        "method": method,
+        "sigma": None if level is None else noise_level(level),
+        "tau": tau,
+        "strength": strength,
+        "scaling": scaling,
+        "relax": relax,
+        "relaxation": relaxation,
+        "anchored": anchored,
+        "box": _box(box),
+        "uncertified": uncertified,
+    }
+    if method is not None and method not in METHODS:
+        raise BadInput(f"no method {method!r}: there are {', '.join(METHODS)}")
+    common = (physics, _settings(physics, set_ or []), _size(size), degraded, likelihood, model, chosen, acceleration)
+    rest = (tolerance, iterations, seed, memory)
+    if source.is_dir():
+        if figure is not None:
+            raise BadInput("--figure shows one restoration: give one file, not a folder")
+        if json_file is not None:
+            check_writable(json_file, suffixes=(".json",))
+        jobs = [Job(path, target, *common, *rest) for path, target in _folder(source, output)]
+        results, failed = _all(jobs)
+        if json_file is not None:
+            write_json(json_file, {"command": "restore", "files": results, "failed": failed})
+        done = (
+            f"restored {len(results)} of {len(jobs)} files into {output} ({time.perf_counter() - began:.1f} s in all)"
+        )
+        if failed:
+            raise BadInput(f"{done}; these failed:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items()))
+        out.print(done)
+        return
+    check_outputs(source, output, figure, json_file, (*IMAGE_SUFFIXES, ".npy"))
+    result = _one(Job(source, output, *common, *rest), figure=figure)
+    finish({"command": "restore", **result}, output, figure, json_file, began)
+
+
+# --------------------------------------------------------------------------------------------------------------------- one file
+
+
+def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, Any]:
+    """Restore one input, write its picture and figure, and give the result as plain values."""
+    given, picture = _read(job.source)
+    clean = given[None] if job.degraded else None
+    shape = tuple(given.shape) if job.degraded else _unknown(job, tuple(given.shape))
+    data = forward_model(job.physics, shape, **job.settings)
+    if clean is None and tuple(given.shape) != tuple(data.data_shape):
+        raise BadInput(
+            f"{job.source} holds data of shape {tuple(given.shape)}, but {job.physics} of a picture {shape} gives "
+            f"{tuple(data.data_shape)}: state the picture's --size, or other settings"
+        )
+    y = given[None] if clean is None else measure(clean, data, job.likelihood, job.seed)
+    denoiser = the_denoiser(job.model, shape[0], str(job.source) if job.degraded else "the unknown picture")
+    prepared = plan(y, data, denoiser, job.likelihood, memory=job.memory * 1e6, **job.chosen)
+    if not name:
+        show_plan(prepared, denoiser)
+    report = iterate(prepared, job.tolerance, job.iterations, job.acceleration, name)  # type: ignore[arg-type]
+    if not name:
+        _show_rates(report.proved, report.movements, report.error)
+    restored, start = _seen(data, report.image).clamp(0, 1), _seen(data, prepared.start)
+    _write(job.output, report.image if job.output.suffix == ".npy" else restored, picture)
+    result = {
+        "input": str(job.source),
+        "output": str(job.output),
+        "physics": {"name": job.physics, "image": shape, "data": data.data_shape, "norm": data.norm, **job.settings},
+        "noise": {"kind": type(job.likelihood).__name__, **vars(job.likelihood)},
+        "method": prepared.method,
+        "level": prepared.sigma,
+        "tau": prepared.tau,
+        "strength": job.chosen["strength"],
+        "averaged": prepared.averaged,
+        "refusal": prepared.refusal,
+        "tiled": not whole(denoiser, shape, job.memory),
+        **report.to_json(),
+    }
+    if prepared.certificate is None and job.output.suffix.lower() == ".png":
+        _annotate(job.output)
+    if clean is not None:
+        truth = _seen(data, clean)
+        result["quality"] = compare({"start": (start, truth), "restored": (restored, truth)})
+    if figure is not None:
+        _draw(figure, job, prepared, clean, start, restored, result)
+    return result
+
+
+def _draw(
+    path: Path, job: Job, prepared: Plan, clean: Tensor | None, start: Tensor, restored: Tensor, result: dict[str, Any]
+) -> None:
+    from nonexpansive.app.figures import restoration
+
+    monotone = prepared.averaged is not None and not job.chosen["anchored"]
+    restoration(
+        path,
+        clean=None if clean is None else _seen(prepared.data, clean),
+        degraded=start,
+        restored=restored,
+        residuals=result["residuals"],
+        tolerance=job.tolerance,
+        quality=result.get("quality"),
+        note=", never increasing by proof" if monotone else "",
+        warning=None if prepared.certificate is not None else NOT_CERTIFIED,
+    )
+
+
+def _show_rates(proved: list[float] | None, movements: list[float], error: float | None) -> None:
+    """What was known beforehand of the last step, and afterwards of the distance to the fixed point."""
+    if proved is not None:
+        out.print(
+            f"‖T(x) - x‖ at the last step: {movements[-1]:.3g}; proved beforehand for any fixed point in the box: ≤ {proved[-1]:.3g}"
+        )
+    if error is not None:
+        out.print(f"distance to the fixed point ≤ {error:.3g} (the iteration is a contraction)")
+
+
+def _seen(data: DataTerm, x: Tensor) -> Tensor:
+    """The part of a picture that the data show: all, but for a blur whose surroundings are unknown."""
+    return data.crop(x) if isinstance(data, Blurring) else x
+
+
+def _unknown(job: Job, data_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape of the picture behind data of that shape."""
+    channels = 1 if job.physics == "mri" else data_shape[0]
+    if job.size is not None:
+        full = job.size if len(job.size) == 3 else (channels, *job.size)
+        return full[0], full[1], full[2]
+    if len(data_shape) != 3:
+        raise BadInput(f"data of shape {data_shape} do not tell the picture's size: give --size")
+    _, rows, columns = data_shape
+    boundary = job.settings.get("boundary", "circular")
+    if job.physics == "blur" and "kernel" in job.settings:
+        return image_shape((channels, rows, columns), kernel(job.settings["kernel"]), boundary)
+    if job.physics == "downsample" and boundary != "valid":
+        factor = job.settings.get("factor", settings("downsample")["factor"].default)
+        return channels, rows * factor, columns * factor
+    if job.physics in ("inpaint", "mri"):
+        return channels, rows, columns
+    if job.physics == "tomography" and job.settings.get("circle"):
+        return channels, rows, rows
+    raise BadInput(f"the data of {job.physics} do not tell the picture's size: give --size HxW")
+
+
+# ------------------------------------------------------------------------------------------------------------------------ folders
+
+
+def _folder(source: Path, output: Path) -> list[tuple[Path, Path]]:
+    """Each file of a folder that can be read, and where its picture goes. Refuses what could not be written."""
+    if output.exists() and not output.is_dir():
+        raise BadInput(f"{source} is a folder, so the output must be one: {output} is a file")
+    if not output.exists() and not output.parent.is_dir():
+        raise BadInput(f"output {str(output)!r}: there is no directory {str(output.parent)!r}; make it first")
+    files = sorted(path for path in source.iterdir() if path.suffix.lower() in (*IMAGE_SUFFIXES, *ARRAYS))
+    if not files:
+        raise BadInput(
+            f"folder {str(source)!r} holds no pictures ({', '.join(IMAGE_SUFFIXES)}) and no {', '.join(ARRAYS)}"
+        )
+    pairs = [
+        (path, output / (path.name if path.suffix.lower() in IMAGE_SUFFIXES else f"{path.stem}.png")) for path in files
+    ]
+    names = [target.name for _, target in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadInput(
+            f"several inputs would be written to {', '.join(twice)}: rename them, or restore them one by one"
+        )
+    output.mkdir(exist_ok=True)
+    for path, target in pairs:
+        check_writable(target, inputs=(path,))
+    return pairs
+
+
+def _all(jobs: list[Job]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Restore file after file; one that fails does not stop the others. If all fail, so does this, as the first did."""
+    results: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    first: NonexpansiveError | None = None
+    for number, job in enumerate(jobs, 1):
+        try:
+            results.append(_one(job, name=f"[{number}/{len(jobs)}] {job.source.name}"))
+        except NonexpansiveError as error:
+            first, failed[job.source.name] = first or error, str(error)
+            out.print(f"{job.source.name}: {error}", markup=False)
+    if first is not None and not results:
+        raise first
+    return results, failed
+
+
+# ---------------------------------------------------------------------------------------------------------------------- in and out
+
+
+def _read(path: Path) -> tuple[Tensor, Photograph | None]:
+    """A picture or data without the batch axis, float32: from a picture file, or an .npy or .pt file, of which no code is ever run."""
+    suffix = path.suffix.lower()
+    if suffix not in ARRAYS:
+        picture = read_image(path)
+        return picture.tensor, picture
+    if not path.is_file():
+        raise BadInput(f"there is no file {str(path)!r}")
+    if path.stat().st_size > MAX_BYTES:
+        raise BadInput(f"{str(path)!r} is above {MAX_BYTES / 2**30:g} GiB: cut it")
+    try:
+        if suffix == ".npy":
+            loaded: Any = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a decoder says of a bad file
+        raise BadInput(
+            f"{str(path)!r} cannot be read as {'an array' if suffix == '.npy' else 'a tensor'} without running code: {error}"
+        ) from error
+    if not isinstance(loaded, Tensor):
+        raise BadInput(f"{str(path)!r} holds a {type(loaded).__name__}, not one tensor: save the tensor alone")
+    if loaded.is_complex():
+        raise BadInput(f"{str(path)!r} holds complex numbers: save the real and the imaginary part as two channels")
+    if loaded.dtype == torch.uint8:
+        loaded = loaded.float() / 255
+    x = loaded.float()
+    x = x[0] if x.ndim == 4 and len(x) == 1 else x[None] if x.ndim == 2 else x
+    if x.ndim != 3 or not x.numel():
+        raise BadInput(f"{str(path)!r} has shape {tuple(loaded.shape)}: (H, W), (C, H, W) or (1, C, H, W) is expected")
+    if not bool(torch.isfinite(x).all()):
+        raise BadInput(f"{str(path)!r} holds NaN or infinity: repair those values")
+    return x.contiguous(), None
+
+
+def _write(path: Path, image: Tensor, picture: Photograph | None) -> None:
+    if path.suffix.lower() == ".npy":
+        with atomic(path) as temporary:
+            np.save(temporary, image[0].cpu().numpy(), allow_pickle=False)
+        return
+    bits = 8 if picture is None or path.suffix.lower() in (".jpg", ".jpeg") else picture.bits
+    write_image(path, image[0], bits=bits, icc=None if picture is None else picture.icc)
+
+
+def _annotate(path: Path) -> None:
+    """Put into a PNG file, as its comment, that nothing was proved: a tEXt chunk after the header (8 + 25 bytes)."""
+    text = b"Comment\0" + NOT_CERTIFIED.encode("latin-1")
+    chunk = struct.pack(">I", len(text)) + b"tEXt" + text + struct.pack(">I", zlib.crc32(b"tEXt" + text))
+    content = path.read_bytes()
+    with atomic(path) as temporary:
+        temporary.write_bytes(content[:33] + chunk + content[33:])
+
+
+def _settings(name: str, given: list[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs as settings of the forward model: numbers and True or False as such, the rest as text."""
+    known, found = settings(name), {}
+    for pair in given:
+        key, equals, text = pair.partition("=")
+        if not equals or key not in known or key == "dtype":
+            shown = ", ".join(key for key in known if key != "dtype")
+            raise BadInput(f"--set {pair}: a setting of {name} is expected as KEY=VALUE; there are {shown}")
+        try:
+            value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+        except (ValueError, SyntaxError):
+            value = text
+        found[key] = value if isinstance(value, (bool, int, float)) else text
+    return found
+
+
+def _size(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) for part in parts):
+        raise BadInput(f"size {text!r}: HxW or CxHxW is expected, such as 256x256")
+    return tuple(int(part) for part in parts)
+
+
+def _box(text: str | None) -> bool | tuple[float, float] | None:
+    if text is None:
+        return None
+    if text == "none":
+        return False
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise BadInput(f"box {text!r}: two numbers LOW,HIGH are expected, such as 0,1, or none") from error
+    return low, high

@@ -1,0 +1,162 @@
+"""What the commands that restore have in common: their options, the denoiser, a run with its progress, and the end."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from nonexpansive import checkpoint
+from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, write_json
+from nonexpansive.errors import BadInput
+from nonexpansive.math.certificate import Certificate
+from nonexpansive.math.rounding import above
+from nonexpansive.nn.models import Denoiser
+from nonexpansive.restore.iterate import NOT_CERTIFIED, Acceleration, Report
+from nonexpansive.restore.restoration import Plan
+from nonexpansive.restore.tiles import Tiled
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="A shipped model (see `nonexpansive models`) or a .safetensors file. [default: by channels]"),
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result, with the certificate, as JSON.")
+]
+Figure = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a figure (.png or .pdf): pictures side by side.")
+]
+Memory = Annotated[
+    float, typer.Option(metavar="MB", help="Bound on the denoiser's own arrays; larger pictures go in tiles.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise that is added.")]
+Tolerance = Annotated[float, typer.Option(min=1e-6, help="Stop when the relative residual is at most this.")]
+Iterations = Annotated[int, typer.Option(min=1, help="At most so many steps.")]
+
+
+def check_outputs(
+    source: Path,
+    output: Path,
+    figure: Path | None,
+    json_file: Path | None,
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+) -> None:
+    """Refuse, before any work, what could not be written at its end."""
+    check_writable(output, inputs=(source,), suffixes=suffixes)
+    if figure is not None:
+        check_writable(figure, inputs=(source, output), suffixes=(".png", ".pdf", ".svg"))
+    if json_file is not None:
+        check_writable(json_file, inputs=(source, output), suffixes=(".json",))
+
+
+_loaded = functools.lru_cache(2)(checkpoint.load)
+"""Once for all files of a folder."""
+
+
+def the_denoiser(name: str | None, channels: int, of: str) -> Denoiser:
+    """The denoiser of that name or file, or the shipped one for pictures of so many channels."""
+    if name is None and channels not in (1, 3):
+        raise BadInput(f"{of} is of {channels} channels: the shipped denoisers are for 1 (grey) and 3 (colour)")
+    module = _loaded(name or checkpoint.DEFAULTS["denoise" if channels == 3 else "denoise-grey"])
+    if not isinstance(module, Denoiser):
+        raise BadInput(f"{name} is a {type(module).__name__}, not a denoiser")
+    if module.channels != channels:
+        raise BadInput(f"{name} takes {module.channels} channel(s), but {of} has {channels}: choose another --model")
+    return module
+
+
+def whole(denoiser: Denoiser, shape: tuple[int, ...], memory: float) -> bool:
+    """Whether a picture is restored without tiles in so many megabytes."""
+    return Tiled(denoiser, memory * 1e6).whole(shape)
+
+
+def show_certificate(certificate: Certificate, denoiser: Denoiser) -> None:
+    """The tree without the denoiser's single flows, which are all alike."""
+    lines = [line for line in str(certificate).splitlines() if "GradientFlow:" not in line]
+    out.print("\n".join(lines), markup=False)
+    out.print(f"  ({len(denoiser.flows())} gradient flows; `nonexpansive certify` prints them)", markup=False)
+
+
+def show_plan(prepared: Plan, denoiser: Denoiser) -> None:
+    """What is proved of a restoration, and its settings; or that nothing is, and why."""
+    smoothness = "" if prepared.smoothness is None else f"L of the data term ≤ {above(prepared.smoothness)}, "
+    settings = f"{smoothness}τ = {prepared.tau:.4g}, denoiser at {prepared.sigma * 255:.2f}/255"
+    if prepared.certificate is None:
+        out.print(f"{settings}; [bold red]{NOT_CERTIFIED}[/], as --uncertified allows")
+        out.print(f"why: {prepared.refusal}", markup=False)
+        return
+    show_certificate(prepared.certificate, denoiser)
+    alpha = prepared.averaged
+    proof = "the iteration is non-expansive" if alpha is None else f"α of the iteration ≤ {ceil(alpha)}"
+    out.print(f"{settings}; {proof}: [bold green]convergence is proved[/]")
+
+
+def iterate(
+    prepared: Plan, tolerance: float, iterations: int, acceleration: Acceleration | None = None, name: str = ""
+) -> Report:
+    """Run it with the residual in view, and say how it ended."""
+    with progress(iterations, f"{name} residual".strip()) as show:
+        report = prepared.run(
+            tolerance=tolerance,
+            iterations=iterations,
+            acceleration=acceleration,
+            watch=lambda k, residual, x: show(k, f"{residual:.2e}"),
+        )
+    ending = "converged" if report.converged else "stopped, not yet converged,"
+    out.print(
+        f"{f'{name}: ' if name else ''}{ending} after {report.iterations} steps at a relative residual of "
+        f"{report.residuals[-1]:.2e}, {report.seconds:.1f} s" + ("" if report.certified else f" ({NOT_CERTIFIED})")
+    )
+    return report
+
+
+def ceil(alpha: float | None) -> str:
+    return "unknown" if alpha is None else f"{-(-alpha * 1e4 // 1) / 1e4:.4f}"
+
+
+def compare(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
+    """PSNR (dB, peak 1) and SSIM of each picture against its truth, printed and returned."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    quality = {}
+    for name, (picture, truth) in pairs.items():
+        psnr = float(peak_signal_noise_ratio(picture, truth, data_range=1.0))
+        ssim = (
+            structural_similarity_index_measure(picture, truth, data_range=1.0) if min(truth.shape[-2:]) >= 11 else None
+        )
+        assert ssim is None or isinstance(ssim, Tensor)
+        quality[name] = {"psnr": psnr} | ({} if ssim is None else {"ssim": float(ssim)})
+        out.print(f"{name:>9}: PSNR {psnr:.2f} dB" + ("" if ssim is None else f", SSIM {float(ssim):.4f}"))
+    return quality
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[int, str], None]]:
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed} steps"),
+        TimeElapsedColumn(),
+        TextColumn(what + " {task.fields[value]}"),
+    )
+    with Progress(*columns, console=err, transient=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=total, value="")
+        yield lambda k, value: bar.update(task, completed=k, value=value)
+
+
+def finish(result: dict[str, Any], output: Path, figure: Path | None, json_file: Path | None, began: float) -> None:
+    """Write the JSON, and say what was written."""
+    if json_file is not None:
+        write_json(json_file, result)
+    written = ", ".join(str(path) for path in (output, figure, json_file) if path is not None)
+    out.print(f"wrote {written} ({time.perf_counter() - began:.1f} s in all)")

@@ -1,0 +1,188 @@
+"""A restoration decided before it runs: which splitting, how strong a prior, and in which memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nonexpansive.errors import BadInput, Refused
+from nonexpansive.math.certificate import Certificate
+from nonexpansive.nn.models import Denoiser
+from nonexpansive.restore.iterate import Acceleration, Report, averagedness, fixed_point, prove
+from nonexpansive.restore.likelihood import Gaussian, Likelihood
+from nonexpansive.restore.splitting import METHODS, DataTerm, Method, splitting
+from nonexpansive.restore.tiles import Tiled
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How the prior is weighed: the denoiser's level is ``factor``·ν + ``floor`` for noise ν, and τ = (``trust``·level)²/v, v = ν² for
+    Gaussian noise, the gain for photons (``Likelihood.variance``)."""
+
+    factor: float
+    floor: float
+    trust: float
+
+
+_HALF_QUADRATIC, _SHARED = Strength(0.5, 0.015, 2.1), Strength(0.5, 0.0, 2.1)
+STRENGTH: dict[Method, Strength] = {
+    method: _HALF_QUADRATIC if method == "half-quadratic" else _SHARED for method in METHODS
+}
+"""Chosen for deblurring by half-quadratic and forward-backward, on training photographs and other kernels than those reported (see
+docs/training.md); from the noise alone, not per picture. The others, and other forward models, take it over untuned."""
+
+SMALLEST_NOISE = 0.25 / 255
+"""Noise below this (that of rounding to 8 bits) is taken as this: data are never trusted without limit."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A restoration that is decided but not yet run: T, its start, its certificate, and the settings behind it.
+
+    ``certificate`` is None, and ``refusal`` says why, where convergence is not proved and ``uncertified`` allowed that.
+    """
+
+    iteration: nn.Module
+    start: Tensor
+    certificate: Certificate | None
+    method: Method
+    sigma: float
+    tau: float
+    data: DataTerm
+    likelihood: Likelihood
+    smoothness: float | None
+    refusal: str | None = None
+
+    @property
+    def averaged(self) -> float | None:
+        """α of the iteration, in its own norm; None where none is proved."""
+        return None if self.certificate is None else averagedness(self.iteration, self.certificate)
+
+    def run(
+        self,
+        *,
+        tolerance: float = 3e-4,
+        iterations: int = 200,
+        acceleration: Acceleration | None = None,
+        watch: Callable[[int, float, Tensor], None] | None = None,
+    ) -> Report:
+        """Iterate to the fixed point; see :func:`nonexpansive.restore.iterate.fixed_point`."""
+        return fixed_point(
+            self.iteration,
+            self.start,
+            certificate=self.certificate,
+            tolerance=tolerance,
+            iterations=iterations,
+            acceleration=acceleration,
+            watch=watch,
+        )
+
+
+@torch.no_grad()
+def has_prox(data: DataTerm, y: Tensor) -> bool:
+    """Whether the forward model's proximal map has a closed form."""
+    try:
+        data.prox(data.start(y[:1]), y[:1], 1.0)
+    except Refused:
+        return False
+    return True
+
+
+def plan(
+    y: Tensor,
+    data: DataTerm,
+    denoiser: nn.Module,
+    noise: float | Likelihood,
+    *,
+    method: str | None = None,
+    sigma: float | None = None,
+    tau: float | None = None,
+    strength: float = 1.0,
+    scaling: float = 1.0,
+    relax: bool | None = None,
+    relaxation: float | None = None,
+    anchored: bool = False,
+    box: bool | tuple[float, float] | None = None,
+    uncertified: bool = False,
+    memory: float = 1e9,
+) -> Plan:
+    """The restoration of data y (B, *data_shape) with ``noise``: a standard deviation ν, in the unit of [0, 1] images, or a likelihood.
+
+    ``method`` defaults to half-quadratic for Gaussian noise where the proximal map of the data term has a closed form, else to
+    forward-backward; for photons to primal-dual, with the denoiser relaxed to α ≤ 1/2 (``relax``), as steps on their steep gradient are
+    short. ``sigma`` (the denoiser's level) and ``tau`` default to a rule in the noise alone (:data:`STRENGTH`); where a step
+    on the gradient may not be that long, both become smaller together. ``box`` defaults to the projection on [0, 1]ⁿ for these two
+    methods, so that a fixed point exists, and to none for others. The rest is as for :func:`splitting`.
+
+    Raises Refused where convergence is not proved, with the nearest setting that would be, unless ``uncertified``: then the plan holds
+    no certificate, and says why.
+    """
+    channels = data.image_shape[0]
+    if isinstance(denoiser, Denoiser) and channels != denoiser.channels:
+        raise BadInput(
+            f"the picture has {channels} channel(s), the denoiser takes {denoiser.channels}: choose the other model"
+        )
+    likelihood = noise if not isinstance(noise, (int, float)) else Gaussian(noise)
+    gaussian = isinstance(likelihood, Gaussian)
+    if gaussian and likelihood.noise < SMALLEST_NOISE:
+        likelihood = Gaussian(SMALLEST_NOISE)
+    chosen: Method
+    if method is None:
+        chosen = ("half-quadratic" if has_prox(data, y) else "forward-backward") if gaussian else "primal-dual"
+        relax = chosen == "primal-dual" if relax is None else relax
+    elif method in METHODS:
+        chosen = method  # type: ignore[assignment]
+    else:
+        raise BadInput(f"no method {method!r}: there are {', '.join(METHODS)}")
+    if box is None:
+        box = chosen in ("half-quadratic", "forward-backward")
+    rule, smoothness = STRENGTH[chosen], None
+    if chosen in ("forward-backward", "red") or (chosen == "primal-dual" and box):
+        smoothness = data.lipschitz * likelihood.smoothness(y)
+    level = rule.factor * likelihood.spread(y) + rule.floor if sigma is None else sigma
+    if tau is None:
+        tau = (rule.trust * level) ** 2 / likelihood.variance
+        longest = 1.99 if chosen == "forward-backward" else 1.0
+        if smoothness and chosen != "red" and tau > longest / smoothness:
+            tau = longest / smoothness
+            level = math.sqrt(tau * likelihood.variance) / rule.trust if sigma is None else sigma
+    iteration = splitting(
+        chosen,
+        Tiled(denoiser, memory) if isinstance(denoiser, Denoiser) else denoiser,
+        data,
+        y,
+        sigma=level,
+        tau=tau,
+        likelihood=likelihood,
+        box=box,
+        strength=strength,
+        scaling=scaling,
+        relax=bool(relax),
+        relaxation=relaxation,
+        anchored=anchored,
+    )
+    certificate, refusal = None, None
+    try:
+        certificate = prove(iteration, data.image_shape)
+    except Refused as error:
+        if not uncertified:
+            raise
+        refusal = str(error)
+    start = data.start(likelihood.signal(y))
+    return Plan(iteration, start, certificate, chosen, level, tau, data, likelihood, smoothness, refusal)
+
+
+def measure(x: Tensor, data: DataTerm, likelihood: Likelihood, seed: int = 0) -> Tensor:
+    """Data y of the picture x (B, *image_shape), with noise drawn from ``seed``, the same on every device; not clipped. Noise falls on
+    measurements only, where a forward model says which of its data are (``measured``)."""
+    u = data.A(x)
+    y = likelihood.sample(u, torch.Generator().manual_seed(seed))
+    measured = getattr(data, "measured", None)
+    return y if measured is None else torch.where(measured.to(bool), y, u)
+
+
+__all__ = ["SMALLEST_NOISE", "STRENGTH", "Plan", "Strength", "has_prox", "measure", "plan"]

@@ -1,0 +1,217 @@
+"""`nonexpansive restore` as a user meets it: every forward model, files and folders, refusals, and runs that are not certified."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("typer", reason="the command line needs the extra nonexpansive[app]")
+pytest.importorskip("deepinv", reason="the forward models need the extra nonexpansive[app]")
+
+import nonexpansive
+from nonexpansive.app import cli
+from nonexpansive.app.images import read_image, write_image
+from nonexpansive.nn.models import build
+from nonexpansive.restore.iterate import NOT_CERTIFIED
+from nonexpansive.restore.operators import forward_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models")
+    paths = {}
+    for channels in (1, 3):
+        config = {"channels": channels, "features": 12, "blocks": 2}
+        paths[channels] = folder / f"{channels}.safetensors"
+        nonexpansive.save(paths[channels], build("denoiser", **config), "denoiser", config, {})
+    return paths
+
+
+def scene(channels: int, rows: int = 24, columns: int = 24) -> Tensor:
+    y, x = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij")
+    return torch.stack((x, y, (6 * x).sin() ** 2))[:channels]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("photos")
+    for channels in (1, 3):
+        write_image(folder / f"{channels}.png", scene(channels))
+    return {channels: folder / f"{channels}.png" for channels in (1, 3)}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["nonexpansive", "restore", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+BLUR = ("-p", "blur", "--set", "kernel=box:3", "-s", "1%")
+
+
+@pytest.mark.parametrize(
+    ("channels", "options"),
+    [
+        (3, BLUR),
+        (3, ("-p", "blur", "--set", "kernel=gaussian:1", "--set", "boundary=valid", "-s", "1%")),
+        (3, ("-p", "downsample", "--set", "factor=2", "-s", "1%")),
+        (3, ("-p", "inpaint", "--set", "keep=0.6", "-s", "1%")),
+        (1, ("-p", "mri", "--set", "acceleration=2", "-s", "1%")),
+        (1, ("-p", "tomography", "--set", "angles=12", "-s", "5%")),
+        (3, ("-p", "blur", "--set", "kernel=box:3", "--poisson", "0.01", "-s", "1%", "--acceleration", "anderson")),
+        (3, (*BLUR, "--method", "douglas-rachford", "--relax")),
+        (3, (*BLUR, "--method", "red")),
+        (3, (*BLUR, "--method", "forward-backward", "--relaxation", "1.01", "--strength", "0.7", "--box", "-0.1,1.1")),
+        (3, (*BLUR, "--method", "forward-backward", "--anchored")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_every_forward_model_and_method(monkeypatch, tmp_path, models, photos, capsys, channels, options):
+    out, result, figure = tmp_path / "o.png", tmp_path / "r.json", tmp_path / "f.png"
+    common = ("-o", out, "--json", result, "--figure", figure, "--model", models[channels], "--iterations", 40)
+    assert run(monkeypatch, photos[channels], *options, "--degrade", *common) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("convergence is proved") < printed.index("steps at a relative residual")
+    values = json.loads(result.read_text())
+    assert values["certified"] and values["refusal"] is None and "warning" not in values
+    assert len(values["residuals"]) == values["iterations"]
+    assert {"start", "restored"} == set(values["quality"])
+    if "--anchored" not in options:
+        assert 0 < values["averaged"] < 1
+    assert figure.stat().st_size > 1000
+    expected = (20, 20) if "boundary=valid" in options else (24, 24)
+    assert read_image(out).tensor.shape[0] == channels
+    assert abs(read_image(out).tensor.shape[1] - expected[0]) <= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "options"),
+    [
+        ("blur", {"kernel": "box:5", "boundary": "valid"}, ()),
+        ("downsample", {"factor": 3}, ()),
+        ("mri", {"acceleration": 2}, ()),
+        ("tomography", {"angles": 10}, ("--size", "24x24")),
+        ("tomography", {"angles": 10, "circle": True}, ()),
+    ],
+    ids=["blur", "downsample", "mri", "tomography", "tomography in a circle"],
+)
+@pytest.mark.parametrize("kind", [".npy", ".pt"])
+def test_measurements_from_arrays(monkeypatch, tmp_path, models, name, settings, options, kind):
+    clean = scene(1)[None]
+    y = forward_model(name, (1, 24, 24), **settings).A(clean)
+    source, out = tmp_path / f"y{kind}", tmp_path / "x.npy"
+    if kind == ".npy":
+        np.save(source, y[0].numpy())
+    else:
+        torch.save(y, source)
+    given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    common = ("--model", models[1], "-s", "1%", "-o", out, "--iterations", 30)
+    assert run(monkeypatch, source, "-p", name, *given, *options, *common) == 0
+    assert np.load(out).shape == (1, 24, 24)
+
+
+def test_an_uncertified_run_says_so_everywhere(monkeypatch, tmp_path, models, photos, capsys):
+    from PIL import Image
+
+    out, result = tmp_path / "o.png", tmp_path / "r.json"
+    diverging = (*BLUR, "--degrade", "--method", "forward-backward", "--tau", 2.5, "--model", models[3], "-o", out)
+    assert run(monkeypatch, photos[3], *diverging) == 4
+    assert "nearest setting" in capsys.readouterr().err
+    assert not out.exists()
+    more = ("--uncertified", "--json", result, "--figure", tmp_path / "f.svg", "--iterations", 20)
+    assert run(monkeypatch, photos[3], *diverging, *more) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(NOT_CERTIFIED) == 2 and "τ < 2/L_f" in printed and "is proved:" in printed
+    assert "convergence is proved" not in printed.replace("convergence is not proved", "")
+    values = json.loads(result.read_text())
+    assert values["warning"] == NOT_CERTIFIED and not values["certified"] and values["certificate"] is None
+    assert "τ < 2/L_f" in values["refusal"]
+    assert Image.open(out).text["Comment"] == NOT_CERTIFIED  # type: ignore[attr-defined]
+    assert (tmp_path / "f.svg").stat().st_size > 1000
+    # permission alone does not make a proved run uncertified
+    assert run(monkeypatch, photos[3], *BLUR, "--degrade", "--model", models[3], "-o", out, "--uncertified") == 0
+    assert NOT_CERTIFIED not in capsys.readouterr().out
+    assert "Comment" not in Image.open(out).text  # type: ignore[attr-defined]
+
+
+def test_a_folder_is_restored_file_by_file(monkeypatch, tmp_path, models, capsys):
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("a.png", "b.tif"):
+        write_image(source / name, scene(3))
+    np.save(source / "c.npy", scene(3).numpy())
+    (source / "d.png").write_bytes(b"not a picture")
+    (source / "notes.txt").write_text("left alone")
+    common = (*BLUR, "--model", models[3], "-o", target, "--iterations", 10, "--json", tmp_path / "r.json")
+    assert run(monkeypatch, source, *common) == 3
+    error = capsys.readouterr().err
+    assert "restored 3 of 4" in error and "d.png" in error
+    assert sorted(path.name for path in target.iterdir()) == ["a.png", "b.tif", "c.png"]
+    values = json.loads((tmp_path / "r.json").read_text())
+    assert len(values["files"]) == 3 and all(entry["certified"] for entry in values["files"])
+    assert list(values["failed"]) == ["d.png"]
+    (source / "d.png").unlink()
+    assert run(monkeypatch, source, *common) == 0
+    write_image(source / "c.png", scene(3))
+    assert run(monkeypatch, source, *common) == 3
+    assert "several inputs" in capsys.readouterr().err
+    (source / "c.png").unlink()
+    assert run(monkeypatch, source, *common, "--method", "forward-backward", "--tau", 3) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ({"--physics": "blurr"}, 3, "did you mean 'blur'"),
+        ({"--set": "kernal=box:3"}, 3, "kernel"),
+        ({"--set": "kernel"}, 3, "KEY=VALUE"),
+        ({"--physics": "downsample", "--set": "kernel=box:3", "--boundary": ""}, 2, "--boundary"),
+        ({"--method": "magic"}, 3, "forward-backward"),
+        ({"--method": "douglas-rachford"}, 4, "--relax"),
+        ({"--method": "primal-dual"}, 4, "α ≤ 1/2"),
+        ({"--tau": "2.5", "--method": "forward-backward"}, 4, "nearest setting"),
+        ({"--relaxation": "9"}, 4, "λ <"),
+        ({"--strength": "3"}, 4, "not averaged"),
+        ({"--poisson": "0.1", "--noise": "0", "--method": "forward-backward"}, 4, "background"),
+        ({"--poisson": "-1"}, 3, "gain"),
+        ({"--background": "0.1"}, 3, "--poisson"),
+        ({"--poisson": "0.1", "--method": "half-quadratic"}, 3, "Gaussian noise only"),
+        ({"--box": "1"}, 3, "LOW,HIGH"),
+        ({"--size": "big"}, 3, "HxW"),
+        ({"--acceleration": "warp"}, 3, "anderson"),
+        ({"-o": "no/such/o.png"}, 3, "no directory"),
+        ({"-o": "o.gif"}, 3, ".npy"),
+        ({"source": "missing.npy"}, 3, "missing.npy"),
+        ({"source": "code.pt"}, 3, "without running code"),
+        ({"source": "nan.npy"}, 3, "NaN"),
+        ({"source": "flat.npy"}, 3, "(C, H, W)"),
+        ({"source": "objects.npy"}, 3, "without running code"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_clear_message_and_writes_nothing(
+    monkeypatch, tmp_path, models, photos, capsys, changes, code, says
+):
+    inputs, work = tmp_path / "in", tmp_path / "work"
+    inputs.mkdir()
+    work.mkdir()
+    torch.save({"data": torch.nn.Linear(2, 2)}, inputs / "code.pt")
+    np.save(inputs / "nan.npy", np.full((3, 24, 24), np.nan))
+    np.save(inputs / "flat.npy", np.zeros(5))
+    np.save(inputs / "objects.npy", np.array([{"a": 1}], dtype=object))
+    monkeypatch.chdir(work)
+    options = {"--physics": "blur", "--set": "kernel=box:3", "--noise": "1%", "-o": "o.png", "--model": models[3]}
+    source = inputs / changes["source"] if "source" in changes else photos[3]
+    options |= {key: value for key, value in changes.items() if key != "source"}
+    assert run(monkeypatch, source, *(text for pair in options.items() for text in pair)) == code
+    message = capsys.readouterr().err
+    assert says in message and "Traceback" not in message
+    assert not list(work.iterdir())
