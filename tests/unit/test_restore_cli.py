@@ -96,12 +96,13 @@ def test_every_forward_model_and_method(monkeypatch, tmp_path, models, photos, c
     ("name", "settings", "options"),
     [
         ("blur", {"kernel": "box:5", "boundary": "valid"}, ()),
+        ("blur", {"kernel": "box:5", "boundary": "reflect"}, ()),
         ("downsample", {"factor": 3}, ()),
         ("mri", {"acceleration": 2}, ()),
         ("tomography", {"angles": 10}, ("--size", "24x24")),
         ("tomography", {"angles": 10, "circle": True}, ()),
     ],
-    ids=["blur", "downsample", "mri", "tomography", "tomography in a circle"],
+    ids=["blur", "blur, reflected", "downsample", "mri", "tomography", "tomography in a circle"],
 )
 @pytest.mark.parametrize("kind", [".npy", ".pt"])
 def test_measurements_from_arrays(monkeypatch, tmp_path, models, name, settings, options, kind):

@@ -286,12 +286,12 @@ def _unknown(job: Job, data_shape: tuple[int, ...]) -> tuple[int, int, int]:
         raise BadInput(f"data of shape {data_shape} do not tell the picture's size: give --size")
     _, rows, columns = data_shape
     boundary = job.settings.get("boundary", "circular")
-    if job.physics == "blur" and "kernel" in job.settings:
-        return image_shape((channels, rows, columns), kernel(job.settings["kernel"]), boundary)
+    if job.physics == "blur" and boundary == "valid" and "kernel" in job.settings:
+        return image_shape((channels, rows, columns), kernel(job.settings["kernel"]), "valid")
     if job.physics == "downsample" and boundary != "valid":
         factor = job.settings.get("factor", settings("downsample")["factor"].default)
         return channels, rows * factor, columns * factor
-    if job.physics in ("inpaint", "mri"):
+    if job.physics in ("blur", "inpaint", "mri"):
         return channels, rows, columns
     if job.physics == "tomography" and job.settings.get("circle"):
         return channels, rows, rows
