@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from nonexpansive import checkpoint, sealed
 from nonexpansive.errors import BadInput
 from nonexpansive.experiments import shipped
+from nonexpansive.experiments.settings import Entry, load, require_named, wanted
 from nonexpansive.experiments.training import train
 from nonexpansive.math.certificate import certify
 from nonexpansive.nn.classifier import Classifier
 from nonexpansive.robust import Curve, Evaluation, certify_classifier, evaluate, pixels, require_sound, search
 from nonexpansive.train import LabelledImages, Run, load_images
-from nonexpansive.train.config import load_toml, read
 
 FORMAT = "nonexpansive evaluation 1"
 POINTS = 40
@@ -28,15 +28,6 @@ POINTS = 40
 
 Watch = Callable[[str], None]
 """Is told how far the evaluation of a network is."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A network of a comparison: its ``name``, the ``config`` of its training (a file, or a shipped one), what is ``set`` in that."""
-
-    name: str
-    config: str
-    set: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,8 +59,7 @@ class Comparison:
     quoted: tuple[Quoted, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.runs or len({entry.name for entry in self.runs}) < len(self.runs):
-            raise BadInput("a comparison needs [[runs]], one or more, each with a name of its own")
+        require_named(self.runs)
         if not self.epsilons or list(self.epsilons) != sorted(set(self.epsilons)) or self.epsilons[0] != 0:
             raise BadInput(f"epsilons must rise from 0, not {list(self.epsilons)}")
         if min(self.images, self.attacked) < 0:
@@ -78,15 +68,9 @@ class Comparison:
             raise BadInput(f"quoted {wrong[0]}: one accuracy for each of the {len(self.epsilons)} ε is expected")
 
     @classmethod
-    def from_toml(cls, path: Path | str) -> Comparison:
+    def from_toml(cls, path: Path | str, overrides: Iterable[str] = ()) -> Comparison:
         """Raises BadInput, naming what is wrong."""
-        values = load_toml(path)
-        rows: Mapping[str, Any] = {"runs": Entry, "quoted": Quoted}
-        made = {
-            key: tuple(read(kind, row, f"{key}[{i}]") for i, row in enumerate(values.pop(key, [])))
-            for key, kind in rows.items()
-        }
-        return cls(**vars(read(Comparison, {**values, **made}, "comparison")))
+        return load(cls, path, {"runs": Entry, "quoted": Quoted}, overrides)
 
 
 @dataclass(frozen=True)
@@ -128,16 +112,12 @@ def compare(
 
     Raises Diverging if the attack succeeds within a certified radius, BadInput, and what training raises.
     """
-    names = [entry.name for entry in comparison.runs]
-    wanted = list(only) or names
-    if unknown := [name for name in wanted if name not in names]:
-        raise BadInput(f"no run {unknown[0]!r} in this experiment; there are {', '.join(names)}")
+    chosen = wanted(only, [entry.name for entry in comparison.runs])
     for entry in comparison.runs:
-        if entry.name not in wanted:
+        if entry.name not in chosen:
             continue
         run = Run.from_toml(shipped(entry.config), [*entry.set, *overrides])
-        folder = out / entry.name.replace(" ", "-")
-        weights = train(run, data, folder, **options)
+        weights = train(run, data, out / entry.folder, **options)
         model = checkpoint.load(weights)
         if not isinstance(model, Classifier):
             raise BadInput(f"{entry.config} trains no classifier, which is what can be compared")

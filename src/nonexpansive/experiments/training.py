@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import statistics
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nonexpansive import checkpoint
+from nonexpansive.experiments.settings import Ledger
 from nonexpansive.nn.models import build
-from nonexpansive.train import Run, build_task, fit
+from nonexpansive.train import Run, Task, build_task, fit
+
+TIMED = 6
+"""The pace of a training is the median of so many steps, after as many that are not counted."""
 
 
 def train(run: Run, data: Path | str, out: Path | str, **options: Any) -> Path:
@@ -20,11 +29,68 @@ def train(run: Run, data: Path | str, out: Path | str, **options: Any) -> Path:
     ``options`` as for :func:`~nonexpansive.train.fit`, which says what is raised. A finished run is not trained again.
     """
     task = build_task(run, data)
-    run = replace(run, kwargs={**getattr(task, "model_settings", {}), **run.kwargs})
-    torch.manual_seed(run.train.seed)
-    network = build(run.model, **run.kwargs)
+    run, network = _network(run, task)
 
     def export(module: nn.Module, path: Path, about: dict[str, Any]) -> None:
         checkpoint.save(path, module, run.model, run.kwargs, about)
 
     return fit(run, network, task, out, export=export, **options)
+
+
+def within(run: Run, data: Path | str, out: Path | str, minutes: float, **options: Any) -> Run:
+    """``run`` with as many steps as its network takes in so many ``minutes``, so that its schedule ends when they do.
+
+    The time is that of the processor (all threads together) where that trains, else by the clock; validation is not counted. The
+    pace is measured by a few steps of the very loop, which leave nothing behind, and kept in ``out``: a resumed run has the same steps.
+    """
+    settings = run.to_dict()
+    settings["train"] = {name: value for name, value in settings["train"].items() if name != "steps"}
+    kept = Ledger(Path(out) / "pace.jsonl", json.loads(json.dumps(settings)))
+    if "seconds a step" not in kept:
+        kept.add("seconds a step", pace(run, data, **options))
+    steps = max(1, round(60 * minutes / kept["seconds a step"]))
+    return replace(run, train=replace(run.train, steps=steps))
+
+
+def pace(run: Run, data: Path | str, **options: Any) -> float:
+    """Seconds that a step takes, as :func:`within` counts them."""
+    stopwatch = _Stopwatch(build_task(run, data))
+    short = replace(run, train=replace(run.train, steps=2 * TIMED + 1, validate_every=2 * TIMED + 1))
+    short, network = _network(short, stopwatch.task)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(short, network, stopwatch, folder, export=lambda *_: None, **{**options, "progress": False})
+    starts = stopwatch.starts[-TIMED - 1 :]
+    return statistics.median(after - before for before, after in zip(starts, starts[1:], strict=False))
+
+
+def seconds_trained(out: Path | str) -> float:
+    """By the clock, without validation, of the training that was logged in ``out``."""
+    with (Path(out) / "log.csv").open(newline="", encoding="utf-8") as file:
+        rows = [(int(row["step"]), float(row["step_seconds"])) for row in csv.DictReader(file)]
+    before = [0, *(step for step, _ in rows)]
+    return sum((step - last) * seconds for (step, seconds), last in zip(rows, before, strict=False))
+
+
+class _Stopwatch:
+    """A task that notes when each step begins, and does not validate."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.starts = task, list[float]()
+        self.metrics, self.batch = task.metrics[:1], task.batch
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        on_processor = batch[0].device.type == "cpu"
+        if not on_processor:
+            torch.cuda.synchronize()
+        self.starts.append(time.process_time() if on_processor else time.perf_counter())
+        return self.task.loss(model, batch)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        return {self.metrics[0]: 0.0}
+
+
+def _network(run: Run, task: Task) -> tuple[Run, nn.Module]:
+    """The run with what the data decide of the model, and that model at its start."""
+    run = replace(run, kwargs={**getattr(task, "model_settings", {}), **run.kwargs})
+    torch.manual_seed(run.train.seed)
+    return run, build(run.model, **run.kwargs)
