@@ -27,8 +27,8 @@ from nonexpansive.app.output import write_json
 from nonexpansive.errors import BadInput, NonexpansiveError
 from nonexpansive.nn.models import Denoiser
 from nonexpansive.restore import Blurring, blur, degrade, kernel, plan
+from nonexpansive.restore.methods import Method
 from nonexpansive.restore.physics import Boundary
-from nonexpansive.restore.splitting import Method
 from nonexpansive.restore.variational import tune, tv_deblur
 from nonexpansive.train.data import PhotoFolder, generator, read_names
 

@@ -39,21 +39,10 @@ from nonexpansive.nn.classifier import (
 )
 from nonexpansive.nn.models import Denoiser
 from nonexpansive.restore.likelihood import Poisson
-from nonexpansive.restore.splitting import (
-    AtLevel,
-    Box,
-    DouglasRachford,
-    DualOfData,
-    ForwardBackward,
-    GradientRED,
-    GradientStep,
-    HalfQuadratic,
-    Halpern,
-    KrasnoselskiiMann,
-    PrimalDual,
-    ProximalStep,
-    Rescaled,
-)
+from nonexpansive.restore.primal_dual import DualOfData, PrimalDual
+from nonexpansive.restore.schemes import Halpern, KrasnoselskiiMann
+from nonexpansive.restore.splitting import DouglasRachford, ForwardBackward, GradientRED, HalfQuadratic
+from nonexpansive.restore.steps import AtLevel, Box, GradientStep, ProximalStep, Rescaled
 from nonexpansive.restore.tiles import Tiled, bytes_per_pixel
 
 Shape = tuple[int, ...]

@@ -17,7 +17,10 @@ from nonexpansive.math.enclosure import Affine
 from nonexpansive.nn import Scale
 from nonexpansive.restore import iterate
 from nonexpansive.restore.iterate import NOT_CERTIFIED, Report, fixed_point, prove
-from nonexpansive.restore.splitting import Box, ForwardBackward, GradientStep, Halpern, splitting
+from nonexpansive.restore.methods import splitting
+from nonexpansive.restore.schemes import Halpern
+from nonexpansive.restore.splitting import ForwardBackward
+from nonexpansive.restore.steps import Box, GradientStep
 
 SHAPE = (1, 6, 5)
 DATA = Dense(SHAPE, 7)

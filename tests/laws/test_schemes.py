@@ -20,19 +20,11 @@ from nonexpansive.math.enclosure import Affine
 from nonexpansive.nn import Relaxed, Scale
 from nonexpansive.restore.iterate import Iteration, Renormed, averagedness, fixed_point, prove
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
-from nonexpansive.restore.splitting import (
-    AtLevel,
-    Box,
-    DualOfBox,
-    DualOfData,
-    ForwardBackward,
-    GradientRED,
-    GradientStep,
-    Halpern,
-    KrasnoselskiiMann,
-    PrimalDual,
-    splitting,
-)
+from nonexpansive.restore.methods import splitting
+from nonexpansive.restore.primal_dual import DualOfBox, DualOfData, PrimalDual
+from nonexpansive.restore.schemes import Halpern, KrasnoselskiiMann
+from nonexpansive.restore.splitting import ForwardBackward, GradientRED
+from nonexpansive.restore.steps import AtLevel, Box, GradientStep
 
 SHAPE = (1, 3, 2)
 SLACK = 1e-8

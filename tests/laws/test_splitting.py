@@ -15,16 +15,9 @@ from nonexpansive.math.certificate import rule
 from nonexpansive.math.enclosure import Affine
 from nonexpansive.nn import Relaxed, Scale
 from nonexpansive.restore.iterate import fixed_point, prove
-from nonexpansive.restore.splitting import (
-    AtLevel,
-    Box,
-    DouglasRachford,
-    ForwardBackward,
-    GradientStep,
-    HalfQuadratic,
-    ProximalStep,
-    splitting,
-)
+from nonexpansive.restore.methods import splitting
+from nonexpansive.restore.splitting import DouglasRachford, ForwardBackward, HalfQuadratic
+from nonexpansive.restore.steps import AtLevel, Box, GradientStep, ProximalStep
 
 SHAPE = (1, 4, 3)
 DATA = Dense(SHAPE)

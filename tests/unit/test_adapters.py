@@ -18,7 +18,7 @@ from nonexpansive.restore import fixed_point, splitting
 from nonexpansive.restore.adapters import Uncertified, from_deepinv, from_physics, to_deepinv
 from nonexpansive.restore.operators import MODELS, settings
 from nonexpansive.restore.physics import blur, degrade, kernel
-from nonexpansive.restore.splitting import AtLevel
+from nonexpansive.restore.steps import AtLevel
 from nonexpansive.restore.tiles import Tiled
 
 pytest.importorskip("deepinv")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.restore.operators import MODELS, Operator, forward_model, nonnegative_norm, settings
-from nonexpansive.restore.splitting import DataTerm
+from nonexpansive.restore.steps import DataTerm
 
 pytest.importorskip("deepinv")
 

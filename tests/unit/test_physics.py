@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from nonexpansive.errors import BadInput, Refused
+from nonexpansive.restore.likelihood import Poisson
 from nonexpansive.restore.operators import forward_model
 from nonexpansive.restore.physics import Blurring, Boundary, blur, degrade, image_shape, kernel, noise_level
 
@@ -236,18 +237,14 @@ def test_photons_have_the_mean_and_variance_of_their_gain() -> None:
     blurring = blur(kernel("box:3"), (1, 128, 128))
     x = torch.full((1, 1, 128, 128), 0.5)
     for noise in (0.0, 0.1):
-        y = degrade(x, blurring, noise, seed=2, gain=0.02)
+        photons = Poisson(0.02, noise=noise)
+        y = degrade(x, blurring, photons, seed=2)
         assert abs(float(y.mean()) - 0.5) < 0.005  # six standard deviations of the mean
         assert float(y.var()) == pytest.approx(0.02 * 0.5 + noise**2, rel=0.06)
-        assert torch.equal(y, degrade(x, blurring, noise, seed=2, gain=0.02))
-        assert not torch.equal(y, degrade(x, blurring, noise, seed=3, gain=0.02))
-    counts = degrade(x, blurring, 0.0, gain=0.02) / 0.02
+        assert torch.equal(y, degrade(x, blurring, photons, seed=2))
+        assert not torch.equal(y, degrade(x, blurring, photons, seed=3))
+    counts = degrade(x, blurring, Poisson(0.02)) / 0.02
     torch.testing.assert_close(counts, counts.round(), atol=1e-4, rtol=0)
-    with pytest.raises(BadInput, match="not negative"):
-        degrade(-x, blurring, 0.0, gain=0.02)
-    for gain in (-1.0, math.inf, math.nan):
-        with pytest.raises(BadInput, match="gain"):
-            degrade(x, blurring, 0.0, gain=gain)
 
 
 def test_noise_is_only_where_something_is_measured() -> None:

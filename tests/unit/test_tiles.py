@@ -11,7 +11,7 @@ from cases import denoiser, norms
 from nonexpansive import certify
 from nonexpansive.errors import BadInput
 from nonexpansive.nn.models import Denoiser
-from nonexpansive.restore.splitting import AtLevel
+from nonexpansive.restore.steps import AtLevel
 from nonexpansive.restore.tiles import Tiled, bytes_per_pixel
 
 

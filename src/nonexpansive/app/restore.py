@@ -38,10 +38,11 @@ from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput, NonexpansiveError
 from nonexpansive.restore.iterate import NOT_CERTIFIED
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
+from nonexpansive.restore.methods import METHODS
 from nonexpansive.restore.operators import MODELS, forward_model, settings
-from nonexpansive.restore.physics import Blurring, image_shape, kernel, noise_level
-from nonexpansive.restore.restoration import Plan, measure, plan
-from nonexpansive.restore.splitting import METHODS, DataTerm
+from nonexpansive.restore.physics import Blurring, degrade, image_shape, kernel, noise_level
+from nonexpansive.restore.restoration import Plan, plan
+from nonexpansive.restore.steps import DataTerm
 
 ARRAYS = (".npy", ".pt")
 MAX_BYTES = 4 * 2**30
@@ -208,7 +209,7 @@ def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, A
             f"{job.source} holds data of shape {tuple(given.shape)}, but {job.physics} of a picture {shape} gives "
             f"{tuple(data.data_shape)}: state the picture's --size, or other settings"
         )
-    y = given[None] if clean is None else measure(clean, data, job.likelihood, job.seed)
+    y = given[None] if clean is None else degrade(clean, data, job.likelihood, job.seed)
     denoiser = the_denoiser(job.model, shape[0], str(job.source) if job.degraded else "the unknown picture")
     prepared = plan(y, data, denoiser, job.likelihood, memory=job.memory * 1e6, **job.chosen)
     if not name:

@@ -2,28 +2,14 @@
 
 from nonexpansive.restore.iterate import Report, fixed_point, prove
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
+from nonexpansive.restore.methods import splitting
 from nonexpansive.restore.operators import Operator, forward_model
 from nonexpansive.restore.physics import Blurring, blur, degrade, kernel
-from nonexpansive.restore.restoration import Plan, measure, plan
-from nonexpansive.restore.splitting import (
-    AtLevel,
-    Box,
-    DataTerm,
-    DouglasRachford,
-    DualOfBox,
-    DualOfData,
-    ForwardBackward,
-    GradientRED,
-    GradientStep,
-    HalfQuadratic,
-    Halpern,
-    KrasnoselskiiMann,
-    PrimalDual,
-    ProximalStep,
-    Rescaled,
-    prior,
-    splitting,
-)
+from nonexpansive.restore.primal_dual import DualOfBox, DualOfData, PrimalDual
+from nonexpansive.restore.restoration import Plan, plan
+from nonexpansive.restore.schemes import Halpern, KrasnoselskiiMann
+from nonexpansive.restore.splitting import DouglasRachford, ForwardBackward, GradientRED, HalfQuadratic
+from nonexpansive.restore.steps import AtLevel, Box, DataTerm, GradientStep, ProximalStep, Rescaled, prior
 from nonexpansive.restore.tiles import Tiled
 
 __all__ = [
@@ -55,7 +41,6 @@ __all__ = [
     "fixed_point",
     "forward_model",
     "kernel",
-    "measure",
     "plan",
     "prior",
     "prove",

@@ -23,7 +23,7 @@ from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.certificate import Shape
 from nonexpansive.math.rounding import UNIT, up
 from nonexpansive.restore.physics import blur, check, kernel
-from nonexpansive.restore.splitting import DataTerm
+from nonexpansive.restore.steps import DataTerm
 
 Map = Callable[[Tensor], Tensor]
 SEED = 0x5EED

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.rounding import up
+from nonexpansive.restore.likelihood import Gaussian, Likelihood
 
 Boundary = Literal["circular", "valid"]
 
@@ -326,28 +327,12 @@ class Forward(Protocol):
     def A(self, x: Tensor) -> Tensor: ...
 
 
-def degrade(x: Tensor, data: Forward, noise: float, seed: int = 0, gain: float = 0.0) -> Tensor:
-    """y = Ax + n, n Gaussian of standard deviation ``noise``, not clipped; (B, *image_shape) to (B, *data_shape).
-
-    With a ``gain`` γ > 0, Ax is first replaced by γ·Poisson(Ax/γ), photons counted in units of γ: mean Ax, variance γAx. Entries that
-    the forward model does not measure get no noise. All noise is drawn on the CPU from ``seed``, so that it is the same on every
-    device. Raises ``BadInput`` for a level or gain that is negative or not finite, and for photons of a negative Ax, unless that is
-    within the rounding of an FFT.
-    """
-    from deepinv.physics import GaussianNoise, PoissonGaussianNoise
-
-    for what, value in (("noise level", noise), ("gain", gain)):
-        if not 0 <= value < math.inf:
-            raise BadInput(f"a {what} is a finite number from 0, got {value}")
-    y, rng = data.A(x), torch.Generator().manual_seed(seed)
-    if gain:
-        if float(y.min()) < -1e-5 * float(y.abs().max()):
-            raise BadInput(
-                "photons can only be counted of data that are not negative: use Gaussian noise alone, gain 0"
-            )
-        noisy = PoissonGaussianNoise(gain, noise, clip_positive=True, rng=rng)(y.cpu()).to(y)
-    else:
-        zeros = torch.zeros(y.shape, dtype=y.dtype)
-        noisy = y + GaussianNoise(noise, rng=rng)(zeros).to(y.device)
+def degrade(x: Tensor, data: Forward, noise: float | Likelihood, seed: int = 0) -> Tensor:
+    """Data y of the picture x, (B, *image_shape) to (B, *data_shape), not clipped: Ax and noise of a likelihood, or Gaussian noise of
+    standard deviation ``noise``, drawn on the CPU from ``seed``, so that it is the same on every device. Entries that the forward
+    model does not measure get none. Raises ``BadInput`` for a level that is negative or not finite."""
+    likelihood = Gaussian(noise) if isinstance(noise, (int, float)) else noise
+    u = data.A(x)
+    y = likelihood.sample(u, torch.Generator().manual_seed(seed))
     measured = getattr(data, "measured", None)
-    return noisy if measured is None else torch.where(measured.to(y.device) != 0, noisy, y)
+    return y if measured is None else torch.where(measured.to(u.device) != 0, y, u)

@@ -14,7 +14,8 @@ from nonexpansive.math.certificate import Certificate
 from nonexpansive.nn.models import Denoiser
 from nonexpansive.restore.iterate import Acceleration, Report, averagedness, fixed_point, prove
 from nonexpansive.restore.likelihood import Gaussian, Likelihood
-from nonexpansive.restore.splitting import METHODS, DataTerm, Method, splitting
+from nonexpansive.restore.methods import METHODS, Method, splitting
+from nonexpansive.restore.steps import DataTerm
 from nonexpansive.restore.tiles import Tiled
 
 
@@ -176,13 +177,4 @@ def plan(
     return Plan(iteration, start, certificate, chosen, level, tau, data, likelihood, smoothness, refusal)
 
 
-def measure(x: Tensor, data: DataTerm, likelihood: Likelihood, seed: int = 0) -> Tensor:
-    """Data y of the picture x (B, *image_shape), with noise drawn from ``seed``, the same on every device; not clipped. Noise falls on
-    measurements only, where a forward model says which of its data are (``measured``)."""
-    u = data.A(x)
-    y = likelihood.sample(u, torch.Generator().manual_seed(seed))
-    measured = getattr(data, "measured", None)
-    return y if measured is None else torch.where(measured.to(bool), y, u)
-
-
-__all__ = ["SMALLEST_NOISE", "STRENGTH", "Plan", "Strength", "has_prox", "measure", "plan"]
+__all__ = ["SMALLEST_NOISE", "STRENGTH", "Plan", "Strength", "has_prox", "plan"]
