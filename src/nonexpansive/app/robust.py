@@ -25,6 +25,7 @@ from nonexpansive.app.output import check_writable, write_json
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import certify
+from nonexpansive.math.rounding import above
 from nonexpansive.nn.classifier import Classifier
 from nonexpansive.robust import Curve, Found, certify_classifier, evaluate, nearest, require_sound, search
 from nonexpansive.robust.attacks import ATTACKS
@@ -111,7 +112,7 @@ def certify_model(
         from nonexpansive.app.curves import accuracies
 
         report.mkdir(parents=True, exist_ok=True)
-        accuracies(report / "curves.png", {model: {"certified": certified}}, made.statement)
+        accuracies(report / "curves.png", {model: {"certified": certified}}, f"L ≤ {above(made.lipschitz)}, {made.arithmetic} program")
         with atomic(report / "report.md") as temporary:
             text = f"# {model}, certified\n\n{made.statement}. Accuracy in %, with 95 % intervals.\n\n{table}\n\n![curves](curves.png)\n"
             temporary.write_text(text, encoding="utf-8")
