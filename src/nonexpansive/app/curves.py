@@ -1,4 +1,4 @@
-"""Figures of curves: accuracy over the size of a perturbation, Lipschitz constants over depth."""
+"""Figures of curves: accuracy over the size of a perturbation, Lipschitz constants over depth, restorations over iterations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from nonexpansive.atomic import atomic
 
 if TYPE_CHECKING:
     from nonexpansive.experiments.depth import Trained
+    from nonexpansive.experiments.plug_and_play import Restored
     from nonexpansive.robust import Curve
 
 
@@ -50,13 +51,60 @@ def growth(path: Path, rows: Sequence[Trained], worst: Sequence[tuple[int, float
     _save(figure, path)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def iterations(path: Path, runs: Sequence[Restored], title: str = "") -> None:
+    """PSNR (above) and residual (below) along the iterations, a column for each noise level, a colour for each method: the
+    mean over the photographs (of the residual, of its logarithm) and one standard deviation about it. What has run away leaves the frame.
+    """
+    import numpy as np
+
+    noises, methods = (list(dict.fromkeys(values)) for values in ([r.noise for r in runs], [r.method for r in runs]))
+    figure, axes = _figure(4.6 * len(noises) + 0.4, 6.4, (2, len(noises)))
+    for run in runs:
+        column, colour = noises.index(run.noise), f"C{methods.index(run.method)}"
+        above, below = axes[:, column]
+        quality = run.quality.numpy()
+        mean, spread = quality.mean(0), quality.std(0)
+        if run.growth is None:
+            above.axhline(mean[0], linestyle="--", color=colour, label=run.method)
+            above.axhspan(mean[0] - spread[0], mean[0] + spread[0], color=colour, alpha=0.08, linewidth=0)
+            continue
+        k = np.arange(1, quality.shape[1] + 1)
+        above.plot(k, mean, color=colour, label=run.method)
+        above.fill_between(k, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
+        residual = np.log10(run.residual.clamp(1e-30, 1e30).numpy())
+        residual[~np.isfinite(run.residual.numpy())] = np.nan
+        whole = np.isfinite(residual).all(0)  # of photographs that are lost there is no mean
+        mean, spread = residual[:, whole].mean(0), residual[:, whole].std(0)
+        below.plot(k[whole], 10**mean, color=colour, label=run.method)
+        below.fill_between(
+            k[whole], 10 ** (mean - spread), 10 ** (mean + spread), color=colour, alpha=0.12, linewidth=0
+        )
+    for column, noise in enumerate(noises):
+        above, below = axes[:, column]
+        these = [run for run in runs if run.noise == noise]
+        blurred = float(these[0].blurred.mean())
+        best = max(float(run.quality.mean(0).max()) for run in these)
+        above.axhline(blurred, linestyle=":", color="grey", label="blurred")
+        above.set(xscale="log", ylim=(blurred - 8, max(best, blurred) + 4), ylabel="PSNR, dB")
+        above.set_title(f"noise {100 * noise:g} %", fontsize="small")
+        below.set(xscale="log", yscale="log", xlabel="iteration", ylabel="residual, root mean square", ylim=(1e-8, 1e1))
+        for axis in (above, below):
+            axis.margins(x=0)
+            axis.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize="x-small", loc="outside lower center", ncols=len(labels))
+    figure.suptitle(title, fontsize="small")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, grid: tuple[int, int] | None = None) -> tuple[Any, Any]:
+    """A figure with one pair of axes, or with an array of them in so many rows and columns."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(*grid, squeeze=False) if grid else figure.subplots()
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -67,5 +68,24 @@ def adversary(path: Path, picture: Tensor, other: Tensor, title: str, other_titl
         )
         axis.set_title(text, fontsize="medium")
         axis.set_axis_off()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".").lower())
+
+
+def gallery(path: Path, rows: Sequence[Sequence[tuple[str, Tensor]]]) -> None:
+    """Rows of pictures (C, H, W), each under its title."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(2.3 * columns, 2.5 * len(rows)), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        for axis, (title, picture) in zip(axes, row, strict=False):
+            values = picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+            axis.imshow(values.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(title, fontsize=7)
+        for axis in axes:
+            axis.set_axis_off()
     with atomic(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".").lower())
