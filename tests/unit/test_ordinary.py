@@ -67,3 +67,16 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "net.safetensors", net, "dncnn", SMALL, {})
     x = torch.rand(1, 1, 16, 16)
     assert torch.allclose(checkpoint.load(tmp_path / "net.safetensors")(x, 0.1), net(x, 0.1), atol=1e-6)
+
+
+def test_its_layers_pass_the_noise_on_from_the_start() -> None:
+    """A linear map of the features before the last layer finds a tenth of the noise; of a wholly random start's no more than
+    chance, 33 columns for 2,304 rows, finds."""
+    net = DnCNN(channels=1, features=32, layers=20)
+    noise = 0.15 * torch.randn(4, 1, 24, 24)
+    with torch.no_grad():
+        features = net.residual.inner[:-1](0.5 + noise).permute(0, 2, 3, 1).reshape(-1, 32)  # type: ignore[index]
+    features = torch.cat((features, torch.ones(len(features), 1)), 1).double()
+    target = noise.reshape(-1, 1).double()
+    left = target - features @ torch.linalg.lstsq(features, target).solution
+    assert float(left.square().mean()) < 0.93 * float(target.square().mean())

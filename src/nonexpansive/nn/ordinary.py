@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput, Refused
@@ -31,7 +32,11 @@ class DnCNN(nn.Module):
         self.channels = channels
         hidden: list[nn.Module] = []
         for _ in range(layers - 2):
-            hidden += [nn.Conv2d(features, features, 3, padding=1), nn.BatchNorm2d(features), nn.ReLU()]
+            convolution = nn.Conv2d(features, features, 3, padding=1)
+            # near the identity: the noise is lost in many random layers, and hundreds of steps go by before it is found again
+            with torch.no_grad():
+                convolution.weight += nn.init.dirac_(torch.empty_like(convolution.weight))
+            hidden += [convolution, nn.BatchNorm2d(features), nn.ReLU()]
         first, last = nn.Conv2d(channels, features, 3, padding=1), nn.Conv2d(features, channels, 3, padding=1)
         self.residual = Residual(nn.Sequential(first, nn.ReLU(), *hidden, last))
 
