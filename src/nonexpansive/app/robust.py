@@ -112,7 +112,11 @@ def certify_model(
         from nonexpansive.app.curves import accuracies
 
         report.mkdir(parents=True, exist_ok=True)
-        accuracies(report / "curves.png", {model: {"certified": certified}}, f"L ≤ {above(made.lipschitz)}, {made.arithmetic} program")
+        accuracies(
+            report / "curves.png",
+            {model: {"certified": certified}},
+            f"L ≤ {above(made.lipschitz)}, {made.arithmetic} program",
+        )
         with atomic(report / "report.md") as temporary:
             text = f"# {model}, certified\n\n{made.statement}. Accuracy in %, with 95 % intervals.\n\n{table}\n\n![curves](curves.png)\n"
             temporary.write_text(text, encoding="utf-8")
