@@ -261,11 +261,11 @@ def _slopes(name: str, model: nn.Module, photographs: Photographs, kept: Ledger,
 def jacobian_norm(f: Callable[[Tensor], Tensor], x: Tensor, steps: int = 30, seed: int = 0) -> float:
     """The largest ‖Jv‖, ‖v‖ = 1, seen by a power iteration on JᵀJ, J the Jacobian of f at x: its norm from below."""
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
-    _, pullback = torch.func.vjp(f, x)
+    pullback = torch.func.vjp(f, x)[1]
     best = 0.0
     for _ in range(steps):
         v = v / v.norm().clamp_min(torch.finfo(x.dtype).tiny)
-        _, u = torch.func.jvp(f, (x,), (v,))
+        u = torch.func.jvp(f, (x,), (v,))[1]
         best = max(best, float(u.norm()))
         (v,) = pullback(u)
     return best
