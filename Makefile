@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PHOTO = src/nonexpansive/photographs/astronaut.png
 OUT = demo-output
 DOCUMENTED = nonexpansive nonexpansive.checkpoint nonexpansive.math nonexpansive.nn nonexpansive.nn.models nonexpansive.nn.classifier \
-	nonexpansive.restore nonexpansive.restore.physics nonexpansive.restore.variational nonexpansive.robust.radius nonexpansive.robust.attacks nonexpansive.robust.curves \
+	nonexpansive.restore nonexpansive.restore.physics nonexpansive.restore.operators nonexpansive.restore.likelihood nonexpansive.restore.adapters nonexpansive.restore.variational nonexpansive.robust.radius nonexpansive.robust.attacks nonexpansive.robust.curves \
 	nonexpansive.robust.evaluate nonexpansive.train nonexpansive.train.images \
 	nonexpansive.app.images
 
