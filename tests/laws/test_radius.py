@@ -131,6 +131,37 @@ def test_the_rounding_that_is_subtracted_covers_that_of_the_program(settings):
     assert bool((off[certain] <= lost[certain]).all())  # the rows of the last layer are of norm 1
 
 
+def test_the_sizes_that_count_are_those_of_every_view():
+    made = certify_classifier(small(symmetrised=True, shifts=[1]), SHAPE, arithmetic=torch.float32)
+    x = images() * torch.linspace(0.2, 1, SHAPE[-1])  # darker on one side, so that views differ within the network
+    met: dict[int, list[Tensor]] = {}
+    views = made._reference.features[1]
+    for k, layer in enumerate(views.inner):
+        layer.register_forward_pre_hook(
+            lambda _, given, k=k: met.setdefault(k, []).append(given[0].flatten(1).norm(dim=1))
+        )
+    with torch.inference_mode():
+        sizes, _ = made._run(x)
+    assert len(sizes) == 1 + len(views.inner) + 2  # the centring, each layer of the views, their mean, the last layer
+    for k, norms in met.items():
+        assert len(norms) == 6
+        assert bool((torch.stack(norms) <= sizes[1 + k]).all())
+
+
+def test_of_a_symmetric_picture_views_cost_what_one_costs():
+    """All views are alike, so the mean is the network itself, and must not pay less for rounding."""
+    x = images(64)
+    x = (x + x.flip(-1)) / 2
+    radius = {}
+    for symmetrised in (False, True):
+        model = small(blocks=4, symmetrised=symmetrised)
+        for arithmetic in (None, torch.float32):
+            radius[symmetrised, arithmetic] = certify_classifier(model, SHAPE, arithmetic=arithmetic).radii(x).radius
+    certain = radius[True, torch.float32] > 0
+    torch.testing.assert_close(radius[True, None], radius[False, None], rtol=1e-9, atol=1e-12)
+    assert bool(certain.any()) and bool((radius[True, torch.float32] <= radius[False, torch.float32])[certain].all())
+
+
 def test_views_cost_a_float32_program_next_to_nothing():
     """The mean over views is taken apart like the layers it is taken of: the sizes are known for each of them."""
     x, lost = images(64), []

@@ -60,6 +60,9 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         certify(net, (1, 8, 8))
     with pytest.raises(Refused, match="images of shape"):
         certify(net.eval(), (3, 8, 8))
+    net.residual = nn.Identity()  # type: ignore[assignment]
+    with pytest.raises(Refused, match="replaced"):
+        certify(net, (1, 8, 8))
 
 
 def test_it_is_saved_and_loaded(tmp_path: Path) -> None:

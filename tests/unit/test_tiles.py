@@ -126,6 +126,13 @@ def test_a_batch_that_does_not_fit_goes_one_by_one() -> None:
     assert seen == [(2, 1, 20, 21)]
 
 
+def test_a_level_keeps_its_digits_where_a_batch_is_split() -> None:
+    model = denoiser(blocks=1, factor=1, features=2).double().eval()
+    x, split = torch.rand(2, 1, 20, 21, dtype=torch.float64), Tiled(model, 1.5 * 420 * bytes_per_pixel(model))
+    with torch.no_grad():
+        torch.testing.assert_close(split(x, 0.1), model(x, 0.1), rtol=0, atol=1e-14)
+
+
 def test_tiles_are_for_evaluation() -> None:
     model = denoiser(blocks=1, factor=1).train()
     split = Tiled(model, bytes_per_pixel(model) * 13**2)

@@ -82,12 +82,10 @@ class GradientFlow(nn.Module):
             raise Refused(f"{self.tableau.name} is implicit: use nonexpansive.nn.Resolvent for the implicit Euler step")
         self.control = find_control(control, alpha)
         self.control.attach(linear, probe_shape(linear, shape))
-        if not any(p.is_meta for p in linear.parameters()):
-            with (
-                torch.no_grad()
-            ):  # else what a raw estimate falls short by, the first steps of a deep network would multiply
-                for _ in range(WARM_UP):
-                    self.control.squared_norm(linear, homogeneous)
+        # what a raw estimate falls short by, the first training steps of a deep network would multiply
+        for _ in range(0 if any(p.is_meta for p in linear.parameters()) else WARM_UP):
+            with torch.no_grad():
+                self.control.squared_norm(linear, homogeneous)
         self.recompute = recompute
         self._steepest = monotone(self.activation).high
         """L_σ for training, where reading it from the device at each step would stall."""

@@ -51,8 +51,9 @@ def _dncnn(module: DnCNN, shape: Shape, unit: float) -> Certificate:
     if len(shape) != 3 or shape[0] != module.channels:
         raise Refused(f"this denoiser takes images of shape ({module.channels}, H, W), not {shape}")
     require_out_of_place(module, "which DnCNN uses again")
-    inner = module.residual.inner
-    assert isinstance(inner, nn.Sequential)
+    inner = getattr(module.residual, "inner", None)
+    if type(module.residual) is not Residual or type(inner) is not nn.Sequential:
+        raise Refused("a part of this DnCNN was replaced by another type, which its rule does not know")
     parts: list[Certificate] = []
     for layer in inner:  # each norm bounded for every size of image at once, and remembered
         domain = parts[-1].codomain if parts else shape

@@ -63,7 +63,7 @@ class Tiled(nn.Module):
         if len(noisy) > 1 and not (
             whole and len(noisy) * noisy[0, 0].numel() * bytes_per_pixel(self.denoiser) <= self.memory
         ):
-            levels = torch.as_tensor(sigma).reshape(-1).expand(len(noisy))
+            levels = sigma.reshape(-1).expand(len(noisy)) if isinstance(sigma, Tensor) else [sigma] * len(noisy)
             return torch.cat([self(x[None], level) for x, level in zip(noisy, levels, strict=True)])
         if whole:
             return self.denoiser(noisy, sigma)
