@@ -144,3 +144,14 @@ def test_models_lists_the_shipped_ones(monkeypatch, capsys):
     assert run(monkeypatch, "models") == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in nonexpansive.models())
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch, capsys) -> None:
+    def missing(**_: object) -> None:
+        raise ModuleNotFoundError("No module named 'lightning_fabric'", name="lightning_fabric")
+
+    monkeypatch.setattr(cli, "app", missing)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == cli.EXIT[cli.BadInput]
+    assert "lightning_fabric" in capsys.readouterr().err

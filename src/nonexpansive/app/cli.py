@@ -278,6 +278,12 @@ def main() -> None:
     except OSError as error:
         err.print(f"error: {error}", markup=False)
         sys.exit(EXIT[BadInput])
+    except ModuleNotFoundError as error:
+        if (error.name or "nonexpansive").startswith("nonexpansive"):
+            raise
+        why = f"error: this needs the package {error.name}, which is not installed: pip install 'nonexpansive[app,train,attack]' has all"
+        err.print(why, markup=False)
+        sys.exit(EXIT[BadInput])
     except KeyboardInterrupt:
         err.print("interrupted; nothing was written")
         sys.exit(130)

@@ -36,7 +36,7 @@ from nonexpansive.app.runs import (
 )
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput, NonexpansiveError
-from nonexpansive.restore.iterate import NOT_CERTIFIED
+from nonexpansive.restore.iterate import NOT_CERTIFIED, require_acceleration
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
 from nonexpansive.restore.methods import METHODS
 from nonexpansive.restore.operators import MODELS, forward_model, settings
@@ -170,6 +170,7 @@ def restore(
         "box": _box(box),
         "uncertified": uncertified,
     }
+    require_acceleration(acceleration)
     if method is not None and method not in METHODS:
         raise BadInput(f"no method {method!r}: there are {', '.join(METHODS)}")
     common = (physics, _settings(physics, set_ or []), _size(size), degraded, likelihood, model, chosen, acceleration)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,13 @@ class Report:
 
 # ---------------------------------------------------------------------------------------------------------------- acceleration
 
+
+def require_acceleration(name: str | None) -> None:
+    """Raises BadInput for an acceleration that there is not."""
+    if name is not None and name not in get_args(Acceleration):
+        raise BadInput(f"no acceleration {name!r}: there is {', '.join(get_args(Acceleration))}")
+
+
 BUDGET, DECAY = 1e3, 1.01
 """The n-th proposal that is taken may lie ``BUDGET``·‖T(x₀) - x₀‖/n^``DECAY`` away from the plain step: summable, as DECAY > 1."""
 
@@ -227,8 +234,7 @@ def fixed_point(
     """
     step: Callable[[Tensor], Tensor] = iteration
     scheme = iteration if isinstance(iteration, Iteration) else _PLAIN
-    if acceleration not in (None, "anderson"):
-        raise BadInput(f"no acceleration {acceleration!r}: there is 'anderson'")
+    require_acceleration(acceleration)
     if acceleration and scheme.anchored:
         raise BadInput("an anchored (Halpern) iteration has weights of its own: run it without acceleration")
     x = scheme.begin(start)

@@ -603,7 +603,7 @@ def forward_model(name: str, image_shape: Sequence[int], **given: Any) -> DataTe
     if missing := [
         key for key, value in known.items() if value.default is inspect.Parameter.empty and key not in given
     ]:
-        raise BadInput(f"{name} needs {', '.join(missing)}")
+        raise BadInput(f"{name} needs {', '.join(missing)} (on the command line: --set {missing[0]}=...)")
     dtype = given.get("dtype", torch.float32)
     if dtype not in (torch.float32, torch.float64):
         raise BadInput(f"forward models work in torch.float32 or torch.float64, not {dtype}")
