@@ -14,7 +14,9 @@ from torch.nn.utils import parametrize
 from cases import METHODS, Difference, Shape, flow_linears, pairs, stretch
 from nonexpansive import ButcherTableau, certify, norm_bound
 from nonexpansive.errors import BadInput, Refused
+from nonexpansive.math.rounding import UNIT
 from nonexpansive.nn import AdaptiveSteps, CappedStep, ClippedRamps, GradientFlow, MaximalStep, Rescale, project
+from nonexpansive.nn.flow import observe
 from nonexpansive.nn.linear import affine, homogeneous
 
 LINEARS = list(flow_linears())
@@ -407,3 +409,65 @@ def test_steps_of_an_optimiser_keep_the_constraint(control: int, activation: str
         if isinstance(block.control, Rescale):  # and its weights were brought back, but for what the estimate missed
             safe = block.control.largest(norm_bound(block.linear), block._steepest, block.tableau)
             assert safe >= 0.9 * block.control.span
+
+
+# ------------------------------------------------------------------------------------------------------------ rounding observed
+
+OBSERVED = [
+    pytest.param(lambda: nn.Linear(12, 20), (12,), {}, id="linear"),
+    pytest.param(lambda: nn.Conv2d(3, 8, 3, padding=1), (3, 7, 6), {}, id="zeros"),
+    pytest.param(lambda: nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), (3, 7, 6), {}, id="circular"),
+    pytest.param(lambda: nn.Conv2d(4, 8, 3, padding=1, stride=2, groups=2), (4, 7, 6), {}, id="stride"),
+    pytest.param(lambda: nn.Conv1d(3, 5, 5, padding="same", padding_mode="reflect"), (3, 16), {}, id="reflect"),
+    pytest.param(lambda: nn.Conv2d(3, 8, 3, padding=1), (3, 7, 6), {"method": "rk4"}, id="rk4"),
+    pytest.param(lambda: nn.Conv2d(3, 8, 3, padding=1), (3, 7, 6), {"method": "ssp33"}, id="ssp33"),
+    pytest.param(lambda: nn.Conv2d(3, 8, 3, padding=1), (3, 7, 6), {"activation": "tanh"}, id="tanh"),
+    pytest.param(lambda: nn.Conv2d(3, 8, 3, padding=1), (3, 7, 6), {"control": "adaptive"}, id="substeps"),
+]
+
+
+@pytest.mark.parametrize(("make", "shape", "options"), OBSERVED)
+def test_the_rounding_at_samples_that_are_seen(make, shape, options):
+    """Above that of the float32 program, and below the certificate's for samples of their size; between samples it changes by at
+    most the certificate's slope."""
+    torch.manual_seed(0)
+    flow = GradientFlow(make(), **options)
+    with torch.no_grad():
+        flow.linear.weight.mul_(3)
+    flow.eval()
+    double = copy.deepcopy(flow).double()
+    assert double.step() == flow.step()
+    worst = certify(flow, shape, arithmetic=torch.float32).error
+    x = torch.randn(64, *shape)
+    near = x + 0.03 * torch.randn_like(x)
+    with torch.inference_mode():
+        program, exact = flow(x).double(), double(x.double())
+        seen, beside = (observe(double, y.double(), UNIT[torch.float32])[1] for y in (x, near))
+    off = (program - exact).flatten(1).norm(dim=1)
+    sizes = x.double().flatten(1).norm(dim=1)
+    assert bool((off > 0).all()) and bool((off <= seen).all())
+    assert bool((seen <= (worst.slope * sizes + worst.constant) * (1 + 1e-6)).all())
+    assert bool((seen < 0.7 * (worst.slope * sizes + worst.constant)).all())
+    moved = (x - near).double().flatten(1).norm(dim=1)
+    assert bool(((seen - beside).abs() <= worst.slope * moved * (1 + 1e-6)).all())
+
+
+def test_a_program_that_sums_one_by_one_stays_within_what_was_seen():
+    """A step written out, every sum taken entry by entry in float32, the largest first, so that small ones are lost."""
+    torch.manual_seed(0)
+    flow = GradientFlow(nn.Linear(200, 30)).eval()
+    with torch.no_grad():
+        flow.linear.weight.copy_(torch.rand(30, 200) * 1e-4).select(1, 0).fill_(1.0)
+        flow.linear.bias.fill_(0.5)
+    double = copy.deepcopy(flow).double()
+    weight, (h, n) = flow.linear.weight.detach(), flow.step()
+    assert n == 1
+    x = torch.rand(200)
+    x[0] = 1.0
+    t = torch.stack([sum(row[1:] * x[1:], row[0] * x[0]) + 0.5 for row in weight])
+    scaled = weight * -h
+    program = x + sum(scaled[i] * t[i] for i in range(30))
+    with torch.inference_mode():
+        off = (program.double() - double(x.double()[None])[0]).norm()
+        seen = observe(double, x.double()[None], UNIT[torch.float32])[1]
+    assert float(off) <= float(seen) < 200 * float(off)

@@ -11,6 +11,7 @@ import nonexpansive
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.nn import GradientFlow, MaxMin
 from nonexpansive.nn.classifier import Classifier, flow_classifier
+from nonexpansive.nn.flow import observe
 from nonexpansive.robust import certify_classifier, estimated_radii
 
 SHAPE = (3, 8, 8)
@@ -134,18 +135,22 @@ def test_the_rounding_that_is_subtracted_covers_that_of_the_program(settings):
 def test_the_sizes_that_count_are_those_of_every_view():
     made = certify_classifier(small(symmetrised=True, shifts=[1]), SHAPE, arithmetic=torch.float32)
     x = images() * torch.linspace(0.2, 1, SHAPE[-1])  # darker on one side, so that views differ within the network
-    met: dict[int, list[Tensor]] = {}
+    given: dict[int, list[Tensor]] = {}
     views = made._reference.features[1]
     for k, layer in enumerate(views.inner):
-        layer.register_forward_pre_hook(
-            lambda _, given, k=k: met.setdefault(k, []).append(given[0].flatten(1).norm(dim=1))
-        )
+        layer.register_forward_pre_hook(lambda _, inputs, k=k: given.setdefault(k, []).append(inputs[0]))
     with torch.inference_mode():
-        sizes, _ = made._run(x)
-    assert len(sizes) == 1 + len(views.inner) + 2  # the centring, each layer of the views, their mean, the last layer
-    for k, norms in met.items():
-        assert len(norms) == 6
-        assert bool((torch.stack(norms) <= sizes[1 + k]).all())
+        met, _ = made._run(x)
+        assert len(met) == 1 + len(views.inner) + 2  # centring, each layer of the views, their mean, the last layer
+        for k, inputs in list(given.items()):
+            assert len(inputs) == 6
+            layer, (size, error) = views.inner[k], met[1 + k]
+            assert bool((torch.stack([y.flatten(1).norm(dim=1) for y in inputs]) <= size).all())
+            if isinstance(layer, GradientFlow):
+                each = torch.stack([observe(layer, y, made._unit)[1] for y in inputs])
+                assert bool((each <= error).all()) and bool((each < 0.999 * error).any())
+            else:
+                assert bool(error.isinf().all())
 
 
 def test_of_a_symmetric_picture_views_cost_what_one_costs():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nonexpansive.errors import Refused
 from nonexpansive.math.activation import slopes
-from nonexpansive.math.enclosure import Affine, Enclosure
+from nonexpansive.math.enclosure import Affine, Enclosure, LinearMap, Observed
 from nonexpansive.math.rounding import UNIT, above, below, down, euclidean, gamma, plus, root, times, up
 
 positive = st.floats(1e-300, 1e150)
@@ -85,9 +85,9 @@ def test_linear_maps_stay_in_their_enclosure(size: float, weight: float, n: int,
     matrix = vector(3 * n, min(weight, 1e10 / size), seed + 1).reshape(3, n)
     exact, u = matrix.double() @ x.double() + b.double(), float(x.double().norm())
     norms = [float(torch.linalg.matrix_norm(m.double(), 2)) * (1 + 1e-12) for m in (matrix, matrix.abs())]
-    enclosure = Enclosure.input(U, n).linear(*norms, n, 3, euclidean(b))
+    enclosure = Enclosure.input(U, n).linear(LinearMap(*norms, n, 3, euclidean(b)))
     assert_enclosed(torch.addmv(b, matrix, x), exact, enclosure, u)
-    scaled = Enclosure.input(U, n).linear(*norms, n, 3) * 0.3
+    scaled = Enclosure.input(U, n).linear(LinearMap(*norms, n, 3)) * 0.3
     assert_enclosed((matrix @ x) * 0.3, 0.3 * (matrix.double() @ x.double()), scaled, u)
 
 
@@ -118,14 +118,81 @@ def test_activations_stay_in_their_enclosure(sigma: nn.Module, scale: float) -> 
     assert_enclosed(sigma(x), exact, Enclosure.input(U, 200).elementwise(slopes(sigma)), euclidean(x))
 
 
+def observe(x: Tensor) -> Observed:
+    """One sample, of float32 numbers, seen."""
+    return Observed.input(x.double()[None], U)
+
+
+def assert_observed(program: Tensor, exact: Tensor, seen: Observed, enclosure: Enclosure, u: float) -> None:
+    """The program is within the bound, also if all of it were due to the float64 run, and the bound is no worse than unseen."""
+    assert program.dtype == torch.float32 and exact.dtype == torch.float64
+    assert float((program.double() - exact).norm()) <= float(seen.apart)
+    assert float((program.double() - seen.value[0]).norm()) <= float(seen.error[0])
+    assert float(seen.apart) <= enclosure.error(u) * (1 + 1e-6)
+
+
+@given(scales, scales, st.integers(1, 40), st.integers(0, 100))
+@settings(deadline=None, max_examples=60)
+def test_linear_maps_stay_within_what_was_seen(size: float, weight: float, n: int, seed: int) -> None:
+    x, b = vector(n, size, seed), vector(3, size, seed + 2)
+    matrix = vector(3 * n, min(weight, 1e10 / size), seed + 1).reshape(3, n)
+    norms = [float(torch.linalg.matrix_norm(m.double(), 2)) * (1 + 1e-12) for m in (matrix, matrix.abs())]
+    a, o = matrix.double(), b.double()
+    linear = LinearMap(*norms, n, 3, euclidean(b), lambda v: v @ a.T + o, lambda v: v @ a.abs().T + o.abs())
+    for program in (torch.addmv(b, matrix, x), sum((matrix[:, k] * x[k] for k in range(n)), b)):  # and one by one
+        seen, enclosure = observe(x).linear(linear), Enclosure.input(U, n).linear(linear)
+        assert_observed(program, a @ x.double() + o, seen, enclosure, euclidean(x))
+        exact = a @ (0.3 * (a @ x.double() + o).repeat(n)[:n]) + o
+        again = LinearMap(*norms, n, 3, euclidean(b), linear.apply, linear.sizes)
+        inner = program.repeat(n)[:n]  # made of what was computed: its error is handed on
+        handed = Observed(seen.value.repeat(1, n)[:, :n], seen.error * n**0.5, U) * 0.3
+        assert float((torch.addmv(b, matrix, inner * 0.3).double() - exact).norm()) <= float(handed.linear(again).apart)
+
+
+def test_a_sum_taken_in_the_worst_order_comes_near_what_is_allowed() -> None:
+    """1 and n - 1 numbers of which each is lost when it is added to 1: a program that is allowed, and a bound that is not idle."""
+    n = 65
+    x = torch.full((n,), 2.0**-24 * 0.99)
+    x[0] = 1.0
+    program = sum(x[1:], x[0])
+    linear = LinearMap(n**0.5, n**0.5, n, 1, 0.0, lambda v: v.sum(1, keepdim=True), lambda v: v.sum(1, keepdim=True))
+    lost = abs(float(program) - float(x.double().sum()))
+    seen = float(observe(x).linear(linear).apart)
+    assert 0.9 * (n - 1) * U < lost <= seen < 1.2 * lost
+    assert Enclosure.input(U, n).linear(linear).error(euclidean(x)) > 5 * seen
+
+
+@given(scales, scales, st.floats(-3, 3), st.integers(0, 100))
+@settings(deadline=None, max_examples=60)
+def test_sums_multiples_and_interpolations_stay_within_what_was_seen(
+    one: float, two: float, t: float, seed: int
+) -> None:
+    x, y = vector(9, one, seed), vector(9, two, seed + 1)
+    u = euclidean(x)
+    a, b = Enclosure.input(U, 9), Enclosure(Affine(0.0, euclidean(y)), Affine(), U, 9)
+    v, w = observe(x), observe(y)
+    assert_observed(x + y, x.double() + y.double(), v + w, a + b, u)
+    assert_observed(x.lerp(y, t), x.double() * (1 - t) + y.double() * t, v.lerp(w, t), a.lerp(b, t), u)
+    if t == 0 or abs(t) > 2.0**-100:
+        assert_observed(x * t, x.double() * t, v * t, a * t if t not in (0, 1) else a * 0.9, u)
+
+
+@pytest.mark.parametrize("sigma", [nn.ReLU(), nn.LeakyReLU(0.01), nn.Tanh(), nn.GELU(), nn.SiLU()], ids=repr)
+@pytest.mark.parametrize("scale", [1e-42, 1e-36, 1e-9, 1.0, 30.0, 1e4])
+def test_activations_stay_within_what_was_seen(sigma: nn.Module, scale: float) -> None:
+    x = vector(200, scale, 0)
+    seen, enclosure = observe(x).elementwise(slopes(sigma), sigma), Enclosure.input(U, 200).elementwise(slopes(sigma))
+    assert_observed(sigma(x), sigma(x.double()), seen, enclosure, euclidean(x))
+
+
 def test_exact_arithmetic_has_no_error_but_what_is_put_in() -> None:
     x = Enclosure.input(0.0, 4)
-    assert (x.linear(2.0, 9.0, 5, 4, 1.0) * 0.3 + x).lerp(x, 0.7).rounded(Affine(9.0), 9).error == Affine()
-    assert (Enclosure(Affine(1.0), Affine(0.5), 0.0, 4).linear(2.0, 9.0, 5, 4) * 3).error == Affine(3.0)
+    assert (x.linear(LinearMap(2.0, 9.0, 5, 4, 1.0)) * 0.3 + x).lerp(x, 0.7).rounded(Affine(9.0), 9).error == Affine()
+    assert (Enclosure(Affine(1.0), Affine(0.5), 0.0, 4).linear(LinearMap(2.0, 9.0, 5, 4)) * 3).error == Affine(3.0)
 
 
 def test_numbers_near_the_end_of_the_range_are_refused() -> None:
     with pytest.raises(Refused, match="range"):
         Enclosure.input(U, 4) * 1e-40
     with pytest.raises(Refused, match="inner product"):
-        Enclosure.input(U, 4).linear(1.0, 1.0, 2**24, 4)
+        Enclosure.input(U, 4).linear(LinearMap(1.0, 1.0, 2**24, 4))

@@ -6,15 +6,23 @@ the distance between what the program holds and the exact value. The operations 
 elementwise functions, sums, multiples), each with its forward error bound (Higham 2002, §3.1 and §3.5), so that running a
 network's formula on enclosures instead of tensors gives a rigorous bound for the floating-point run. With ``unit = 0`` the
 arithmetic is exact and only errors put in by hand (a solver's tolerance) are carried on.
+
+An ``Enclosure`` knows of its quantity no more than the size of the input it came from. An ``Observed`` has seen samples of it,
+and bounds by the sizes that they have: the same operations, hence the same formulas of networks, with smaller results.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from nonexpansive.errors import Refused
 from nonexpansive.math.activation import Slopes
-from nonexpansive.math.rounding import gamma, plus, root, times, up
+from nonexpansive.math.rounding import UNIT, gamma, plus, root, times, up
 
 TINY = 2.0**-126
 """Smallest normal float32: more than what one operation loses to underflow."""
@@ -44,6 +52,35 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class LinearMap:
+    """x ↦ Ax + b with ‖A‖ ≤ ``norm``, ‖|A|‖ ≤ ``absolute``, ``terms`` products an entry, ``entries`` outputs, ‖b‖ ≤ ``bias``.
+
+    For samples that are seen also the map itself, ``apply``, and ``sizes``: |x| ↦ |A||x| + |b|.
+    """
+
+    norm: float
+    absolute: float
+    terms: int
+    entries: int
+    bias: float = 0.0
+    apply: Callable[[Tensor], Tensor] | None = None
+    sizes: Callable[[Tensor], Tensor] | None = None
+
+    def rounding(self, unit: float) -> float:
+        """γ with |fl - exact| ≤ γ(|A||x| + |b|) for sums in any order, with or without fused multiply-add, where A may have been
+        multiplied by a number before. Raises Refused where there is none."""
+        try:
+            return gamma(self.terms + 2, unit)
+        except ValueError as why:
+            raise Refused(f"no bound on the rounding of a linear layer: {why}. Ask for exact arithmetic") from why
+
+    @property
+    def underflow(self) -> float:
+        """What an output's operations lose to it at most."""
+        return times((2 * self.terms + 2) * TINY, root(self.entries))
+
+
+@dataclass(frozen=True)
 class Enclosure:
     """Bounds on a quantity of ``entries`` numbers as functions of ‖x‖: ``norm`` of the exact one, ``error`` of the program's.
 
@@ -65,24 +102,16 @@ class Enclosure:
         """A bound on the size of what the program holds."""
         return self.norm + self.error
 
-    def linear(self, norm: float, absolute: float, terms: int, entries: int, bias: float = 0.0) -> Enclosure:
-        """Ax + b with ‖A‖ ≤ norm, ‖|A|‖ ≤ absolute, ``terms`` products an entry, ``entries`` outputs, ‖b‖ ≤ bias.
-
-        Sums may be taken in any order, with or without fused multiply-add, and A may have been multiplied by a number before:
-        |fl - exact| ≤ γ_{terms+2}(|A||x| + |b|), to which every operation adds what it loses to underflow.
-        """
-        size, error = self.norm * norm + Affine(0.0, bias), self.error * norm
+    def linear(self, a: LinearMap) -> Enclosure:
+        """Ax + b."""
+        size, error = self.norm * a.norm + Affine(0.0, a.bias), self.error * a.norm
         if self.unit:
-            try:
-                relative = gamma(terms + 2, self.unit)
-            except ValueError as why:
-                raise Refused(f"no bound on the rounding of a linear layer: {why}. Ask for exact arithmetic") from why
-            error += (self.computed * absolute + Affine(0.0, bias)) * relative
-            error += Affine(0.0, times((2 * terms + 2) * TINY, root(entries)))
-        return Enclosure(size, error, self.unit, entries)
+            error += (self.computed * a.absolute + Affine(0.0, a.bias)) * a.rounding(self.unit)
+            error += Affine(0.0, a.underflow)
+        return Enclosure(size, error, self.unit, a.entries)
 
-    def elementwise(self, slope: Slopes) -> Enclosure:
-        """σ(x), where the program's σ(t) is off by at most ulps·u·(|t| + scale) + absolute."""
+    def elementwise(self, slope: Slopes, apply: Callable[[Tensor], Tensor] | None = None) -> Enclosure:
+        """σ(x), where the program's σ(t) is off by at most ulps·u·(|t| + scale) + absolute; ``apply``: σ, for samples that are seen."""
         size = self.norm * slope.lipschitz + self._each(slope.scale)
         error = self.error * slope.lipschitz + self._each(slope.absolute)
         if self.unit:
@@ -129,3 +158,91 @@ class Enclosure:
     def _each(self, size: float) -> Affine:
         """The norm of a tensor whose entries are at most ``size``."""
         return Affine(0.0, times(size, root(self.entries)))
+
+
+SLACK = 1 + 2.0**-30
+"""More than the rounding of any sum or norm taken of sizes here, in float64 of terms ≥ 0 and at most 2^22 of them."""
+
+NOTHING = 1e-150
+"""More than what operations on float64 numbers, and norms of them, lose where results or squares underflow."""
+
+
+def sizes(y: Tensor) -> Tensor:
+    """‖y‖ (N,) of each sample of y (N, ...), in float64, from above."""
+    return y.detach().double().flatten(1).norm(dim=1) * SLACK + NOTHING
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Samples on their way through a network, in float64, with what a program run on the same samples may be away from them.
+
+    - ``value`` (N, ...): v, the samples as a float64 run has them;
+    - ``error`` (2, N): bounds on ‖v - y‖ for y held by the program of unit roundoff ``unit``, and for the exact y.
+
+    The operations are those of :class:`Enclosure`. A float64 run rounds too, so both errors grow by its rounding.
+    """
+
+    value: Tensor
+    error: Tensor
+    unit: float
+
+    @staticmethod
+    def input(x: Tensor, unit: float) -> Observed:
+        """The samples x (N, ...) themselves, float64, known exactly."""
+        return Observed(x, x.new_zeros((2, len(x)), dtype=torch.float64), unit)
+
+    @property
+    def apart(self) -> Tensor:
+        """A bound (N,) on the distance of what the program holds from the exact quantity."""
+        return self.error.sum(0) * SLACK
+
+    @property
+    def computed(self) -> Tensor:
+        """Bounds (2, N) on the sizes of what the program, and of what exact arithmetic has."""
+        return sizes(self.value) + self.error
+
+    def linear(self, a: LinearMap) -> Observed:
+        assert a.apply is not None and a.sizes is not None
+        seen = sizes(a.sizes(self.value.abs())) + self.error * a.absolute
+        own = a.rounding(UNIT[torch.float64])
+        error = self.error * a.norm + seen * self._each(a.rounding(self.unit) + own, own)
+        error = error + self._each(a.underflow, NOTHING)
+        return Observed(a.apply(self.value), error * SLACK, self.unit)
+
+    def elementwise(self, slope: Slopes, apply: Callable[[Tensor], Tensor] | None = None) -> Observed:
+        assert apply is not None
+        grown = self.error * slope.lipschitz + (slope.absolute * 2 + self._each(64 * TINY, NOTHING)) * self._root
+        operands = self.computed + slope.scale * self._root
+        return Observed(apply(self.value), grown, self.unit)._rounded(operands, slope.ulps)
+
+    def __mul__(self, factor: float) -> Observed:
+        moved = Observed(
+            self.value * factor, self.error * abs(factor) + self._each(TINY, NOTHING) * self._root, self.unit
+        )
+        return moved._rounded(self.computed, 2.5 * abs(factor))
+
+    def __add__(self, other: Observed) -> Observed:
+        total = Observed(self.value + other.value, self.error + other.error, self.unit)
+        return total._rounded(total.computed, 1.0)
+
+    def lerp(self, end: Observed, t: float) -> Observed:
+        rest = abs(1 - t)
+        total = Observed(self.value.lerp(end.value, t), self.error * rest + end.error * abs(t), self.unit)
+        return total.rounded(self.computed + end.computed, 2 + 2 * abs(t) + 5 * rest)
+
+    def rounded(self, operands: Tensor, ulps: float) -> Observed:
+        return Observed(self.value, self.error + self._each(ulps * TINY, NOTHING) * self._root, self.unit)._rounded(
+            operands, ulps
+        )
+
+    def _rounded(self, operands: Tensor, ulps: float) -> Observed:
+        own = UNIT[torch.float64]
+        error = self.error + operands * ulps * self._each(self.unit + own, own)
+        return Observed(self.value, error * SLACK, self.unit)
+
+    def _each(self, program: float, exact: float) -> Tensor:
+        return self.error.new_tensor([[program], [exact]])
+
+    @property
+    def _root(self) -> float:
+        return root(math.prod(self.value.shape[1:]))

@@ -20,7 +20,7 @@ from nonexpansive.errors import Refused
 from nonexpansive.math.activation import REGISTERED, Slopes, slopes
 from nonexpansive.math.bounds import absolute_norm_bound, norm_bound, terms
 from nonexpansive.math.certificate import Certificate, Shape, chain, entries, fold, from_enclosure, isometry, rule
-from nonexpansive.math.enclosure import Affine, Enclosure
+from nonexpansive.math.enclosure import Affine, Enclosure, LinearMap
 from nonexpansive.math.rounding import above, below, euclidean, plus, root, times, up
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -85,7 +85,7 @@ def linear(module: nn.Linear | nn.Conv2d, shape: Shape, unit: float, norm: float
     norm = norm_bound(module, shape) if norm is None else norm
     absolute = absolute_norm_bound(module) if unit else 0.0
     x = Enclosure.input(unit, entries(shape))
-    out = x.linear(norm, absolute, terms(module)[0], entries(codomain), bias_norm(module, codomain))
+    out = x.linear(LinearMap(norm, absolute, terms(module)[0], entries(codomain), bias_norm(module, codomain)))
     rule = f"{name_of(module)}, ‖A‖ ≤ {above(norm)}"
     return from_enclosure(out, lipschitz=norm, averaged=None, domain=shape, codomain=codomain, rule=rule)
 
@@ -196,7 +196,7 @@ def _average(module: Any, shape: Shape, unit: float) -> Certificate:
         kernel = math.prod(_pick(module.kernel_size, axis) or 1 for axis in range(dimensions(module)))
         squared *= Fraction(kernel, int(module.divisor_override)) ** 2
     norm, codomain = times(root(squared), factor), output_shape(module, shape)
-    out = Enclosure.input(unit, entries(shape)).linear(norm, norm, window + 1, entries(codomain))
+    out = Enclosure.input(unit, entries(shape)).linear(LinearMap(norm, norm, window + 1, entries(codomain)))
     rule = f"{name_of(module)}, norm of the averaging"
     return from_enclosure(out, lipschitz=norm, averaged=None, domain=shape, codomain=codomain, rule=rule)
 

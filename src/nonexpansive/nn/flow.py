@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from nonexpansive.math.certificate import (
     require_out_of_place,
     rule,
 )
-from nonexpansive.math.enclosure import TINY, Affine, Enclosure
+from nonexpansive.math.enclosure import SLACK, TINY, Affine, Enclosure, LinearMap, Observed
 from nonexpansive.math.integrate import integrate
 from nonexpansive.math.rounding import above, below, down, times, up
 from nonexpansive.math.rules import elementwise, name_of, output_shape, slope_assumptions
@@ -30,7 +31,8 @@ from nonexpansive.math.tableau import ButcherTableau, tableau
 from nonexpansive.nn.control import NormControl, sound_norm
 from nonexpansive.nn.control import control as find_control
 from nonexpansive.nn.implicit import REFERENCE, Resolvent
-from nonexpansive.nn.linear import affine, homogeneous, is_torch, offset_norm, probe_shape
+from nonexpansive.nn.linear import Pullback, affine, homogeneous, is_torch, offset_norm, probe_shape
+from nonexpansive.nn.linear import absolute as absolute_affine
 from nonexpansive.nn.pooled import PooledRamps
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
@@ -248,29 +250,85 @@ def _stated(linear: nn.Module, norm: float) -> tuple[str, ...]:
     return (f"{name_of(linear)} is linear (with an offset) with ‖A‖ ≤ {above(norm)}, as its author states",)
 
 
-def _field(linear: nn.Module, activation: nn.Module, y: Enclosure, shape: Shape, norm: float, h: float) -> Enclosure:
-    """hAᵀσ(Ay + b) for y of ``shape``: its size, and how far its computed value may be off."""
+_E = TypeVar("_E", Enclosure, Observed)
+
+
+def _maps(linear: nn.Module, shape: Shape, norm: float, rounds: bool) -> tuple[LinearMap, LinearMap]:
+    """x ↦ Ax + b for x of ``shape``, and s ↦ Aᵀs; the second follows samples that went through the first."""
     middle = output_shape(linear, shape)
-    bias = offset_norm(linear, shape, middle)
-    absolute, (forward, adjoint) = (absolute_norm_bound(linear), terms(linear)) if y.unit else (0.0, (0, 0))
-    s = y.linear(norm, absolute, forward, entries(middle), bias).elementwise(monotone(activation))
-    out = s.linear(norm, absolute, adjoint, entries(shape)) * h
+    absolute, (forward, adjoint) = (absolute_norm_bound(linear), terms(linear)) if rounds else (0.0, (0, 0))
+    pullbacks: list[Pullback] = [torch.neg, torch.neg]
+
+    def applied(place: int, to: Callable[[nn.Module, Tensor], tuple[Tensor, Pullback]]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            t, pullbacks[place] = to(linear, x)
+            return t
+
+        return run
+
+    return (
+        LinearMap(
+            norm, absolute, forward, entries(middle), offset_norm(linear, shape, middle),
+            applied(0, affine), applied(1, absolute_affine),
+        ),
+        LinearMap(
+            norm, absolute, adjoint, entries(shape), 0.0, lambda s: pullbacks[0](s), lambda s: pullbacks[1](s)
+        ),
+    )  # fmt: skip
+
+
+def _field(linear: nn.Module, activation: nn.Module, y: _E, shape: Shape, norm: float, h: float) -> _E:
+    """hAᵀσ(Ay + b) for y of ``shape``: its size, and how far its computed value may be off."""
+    forward, adjoint = _maps(linear, shape, norm, y.unit > 0)
+    s = y.linear(forward).elementwise(monotone(activation), activation)
+    out = s.linear(adjoint) * h
     # h is multiplied into the weights, which may underflow there
-    return out.rounded(s.computed * max(forward, adjoint), 2 * TINY / y.unit) if y.unit else out
+    underflow = s.computed * max(forward.terms, adjoint.terms)
+    return out.rounded(underflow, 2 * TINY / y.unit) if y.unit else out  # pyright: ignore
 
 
-def _step_enclosure(flow: GradientFlow, shape: Shape, unit: float, norm: float, h: float) -> Enclosure:
-    """The growth and the error of one step: its recurrence run on enclosures instead of tensors."""
-    x = stage = Enclosure.input(unit, entries(shape))
-    slopes: list[Enclosure] = []
+def _step(flow: GradientFlow, x: _E, shape: Shape, norm: float, h: float) -> _E:
+    """One step: its recurrence run on bounds instead of tensors."""
+    stage = x
+    slopes: list[_E] = []
     for theta, summands, _ in flow.tableau.recurrence:
-        slopes.append(_field(flow.linear, flow.activation, stage, shape, norm, h))
+        slopes.append(_field(flow.linear, flow.activation, stage, shape, norm, -h))
         if theta != 1:
             stage = x.lerp(stage, theta) if theta else x
         for j, weight in summands:
             stage = stage + slopes[j] * weight
+    return stage
+
+
+def _step_enclosure(flow: GradientFlow, shape: Shape, unit: float, norm: float, h: float) -> Enclosure:
+    """The growth and the error of one step."""
+    out = _step(flow, Enclosure.input(unit, entries(shape)), shape, norm, h)
     # the exact step is non-expansive, which bounds its growth better than its formula: ‖T(x)‖ ≤ ‖T(0)‖ + ‖x‖
-    return Enclosure(Affine(1.0, stage.norm.constant), stage.error, unit, stage.entries)
+    return Enclosure(Affine(1.0, out.norm.constant), out.error, unit, out.entries)
+
+
+LIPSCHITZ = 1 + 2.0**-20
+"""More than all that the float64 run of samples, and the sums of their bounds, add to a bound."""
+
+
+def observe(flow: GradientFlow, x: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """The flow at the samples x (N, *shape), run in float64, and bounds (N,) on how far the program of unit roundoff ``unit`` may
+    be from the exact flow there.
+
+    Several times less than the certificate's ``error`` at their sizes: rounding is bounded by what the samples are, ‖|A||x|‖ and
+    ‖|A|ᵀ|s|‖, not by what samples of their sizes could be. As a function of x the bound has a Lipschitz constant of at most
+    LIPSCHITZ times the certificate's ``error.slope``, since each size in it has the one that its bound there has. ``flow`` is in
+    evaluation mode, in float64, and its linear layer torch's own.
+    """
+    shape, norm, (h, n) = tuple(x.shape[1:]), sound_norm(flow.linear), flow.step()
+    one = _step_enclosure(flow, shape, unit, norm, h)
+    total = x.new_zeros(len(x))
+    for _ in range(n):
+        # the program is given something that is up to ``total`` away from x
+        stepped = _step(flow, Observed.input(x, unit), shape, norm, h)
+        total = (total + stepped.apart + LIPSCHITZ * one.error.slope * total) * SLACK
+        x = stepped.value
+    return x, total
 
 
 @rule(Resolvent)

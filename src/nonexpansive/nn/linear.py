@@ -27,13 +27,21 @@ _ADJOINT = {nn.Conv1d: F.conv_transpose1d, nn.Conv2d: F.conv_transpose2d, nn.Con
 
 def affine(linear: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
     """(Ax + b, pullback) with pullback(s, scale=1) = scale·Aᵀs, for a float or 0-dimensional tensor ``scale``."""
-    return _run(linear, x, getattr(linear, "bias", None) if is_torch(linear) else None)
+    return _run(linear, x, *_numbers(linear)) if is_torch(linear) else _run(linear, x)
+
+
+def absolute(linear: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
+    """(|A|x + |b|, pullback of |A|) for a layer of torch's own, |·| entrywise: with x ≥ 0, what scales the rounding of A."""
+    weight, bias = _numbers(linear)
+    return _run(linear, x, weight.abs(), None if bias is None else bias.abs())
 
 
 def homogeneous(linear: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
     """(Ax, pullback): the linear part alone, b left out."""
-    t, pullback = _run(linear, x, None)
-    return (t, pullback) if is_torch(linear) else (t - linear(torch.zeros_like(x)), pullback)
+    if is_torch(linear):
+        return _run(linear, x, _numbers(linear)[0])
+    t, pullback = _run(linear, x)
+    return t - linear(torch.zeros_like(x)), pullback
 
 
 def is_torch(linear: nn.Module) -> bool:
@@ -42,15 +50,18 @@ def is_torch(linear: nn.Module) -> bool:
     return kind is nn.Linear or kind in _ADJOINT
 
 
-def _run(linear: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Pullback]:
+def _numbers(linear: Any) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias
+
+
+def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Pullback]:
+    """``affine`` with these numbers in place of the layer's own; without any, the layer as it is."""
     kind = parametrize.type_before_parametrizations(linear)
-    if kind is nn.Linear:
-        weight = linear.weight
-        return F.linear(x, weight, bias), lambda s, scale=1.0: s @ _scaled(weight, scale)
-    if kind not in _ADJOINT:
+    if weight is None:
         forward = linear
+    elif kind is nn.Linear:
+        return F.linear(x, weight, bias), lambda s, scale=1.0: s @ _scaled(weight, scale)
     else:
-        weight = linear.weight
         if linear.padding_mode == "zeros" and not isinstance(linear.padding, str):
             t = linear._conv_forward(x, weight, bias)
             stride, padding, dilation = linear.stride, linear.padding, linear.dilation

@@ -13,7 +13,9 @@ That is a statement about real numbers. What is computed here is a lower bound o
 - The margin at x comes from a float64 copy of the network, less a bound on the copy's own rounding.
 - For a program the answer must not change at any x' = x + δ that it may be given, ‖δ‖ ≤ r, so its rounding *at x'* counts.
   Layer k adds an error of at most e_k(‖y'‖), affine in the size of what it is given (:class:`Certificate`, ``error``), and
-  ‖y'_k‖ ≤ ‖y_k‖ + L_1⋯L_k r with the sizes ‖y_k‖ known from the copy. The sum over all layers is affine in r: α + βr. So
+  ‖y'_k‖ ≤ ‖y_k‖ + L_1⋯L_k r with the sizes ‖y_k‖ known from the copy. Of a flow more is known: what its rounding may be at y_k
+  itself (:func:`~nonexpansive.nn.flow.observe`), which replaces e_k(‖y_k‖), and e_k's slope bounds how much more it may be
+  at y'_k. The sum over all layers is affine in r: α + βr. So
 
     z'_i - z'_j ≥ (z_i - z_j) - ‖w_i - w_j‖(Lr + α + βr) - ρ_i - ρ_j > 0  for r < (z_i - z_j - ‖w_i - w_j‖α - …)/(‖w_i - w_j‖(L + β) + …)
 
@@ -33,16 +35,11 @@ from torch.nn.utils import parametrize
 
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.certificate import Certificate, Shape, certify, chain
-from nonexpansive.math.enclosure import TINY
+from nonexpansive.math.enclosure import NOTHING, SLACK, TINY, sizes
 from nonexpansive.math.rounding import UNIT, above, gamma
 from nonexpansive.nn.classifier import Classifier, Symmetrised
-from nonexpansive.nn.flow import GradientFlow
-
-_UP = 1 + 2.0**-30
-"""More than the rounding of any sum or norm taken here, in float64 of terms ≥ 0 and at most 2^22 of them."""
-
-_SMALL = 1e-150
-"""More than what a norm of float64 numbers loses where their squares underflow."""
+from nonexpansive.nn.flow import LIPSCHITZ, GradientFlow, observe
+from nonexpansive.nn.linear import is_torch
 
 
 class Radii(NamedTuple):
@@ -54,6 +51,14 @@ class Radii(NamedTuple):
 
     prediction: torch.Tensor
     radius: torch.Tensor
+
+
+class _Met(NamedTuple):
+    """What a layer is given, and what it may do to it: the ``size`` (N,), and a bound on the program's ``error`` (N,) there, if it
+    is better than what the size alone gives (else infinite)."""
+
+    size: Tensor
+    error: Tensor
 
 
 class _Layers(NamedTuple):
@@ -120,22 +125,24 @@ class CertifiedClassifier:
         if len(x) == 0:
             raise BadInput("there are no images")
 
-    def _run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The norms (N,) of what each layer of the copy is given, in order, and its logits."""
+    def _run(self, x: Tensor) -> tuple[list[_Met], Tensor]:
+        """What each layer of the copy meets, in order, and its logits."""
         like = next(self.model.parameters(), x)
         if self.arithmetic != "exact":
             x = x.to(like.dtype)  # the very image that the program is given
         y = x.to(like.device, torch.float64)
-        return _sizes(self._reference, y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y)
+        y = y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
+        return _follow(self._reference, y, self._unit)
 
     def _radii(self, x: Tensor) -> Radii:
-        sizes, z = self._run(x)
-        own = alpha = torch.zeros_like(sizes[0])
+        met, z = self._run(x)
+        own = alpha = torch.zeros_like(met[0].size)
         beta, growth = 0.0, 1.0
-        for given, copied, program in zip(sizes, self._copy.features, self._program.features, strict=False):
+        for (given, seen), copied, program in zip(met, self._copy.features, self._program.features, strict=False):
             # own: how far the copy may be from the exact map; alpha + beta·r: how far the program, at a distance of up to r
-            L, e, here = program.lipschitz, program.error, given + own + alpha
-            alpha, beta = L * alpha + e.slope * here + e.constant, L * beta + e.slope * (growth + beta)
+            L, e, slope = program.lipschitz, program.error, program.error.slope * LIPSCHITZ
+            here = torch.minimum(e.slope * given + e.constant, seen)
+            alpha, beta = L * alpha + here + slope * (own + alpha), L * beta + slope * (growth + beta)
             own, growth = copied.lipschitz * own + copied.error.slope * given + copied.error.constant, L * growth
 
         prediction = z.argmax(1)
@@ -144,20 +151,20 @@ class CertifiedClassifier:
         if head is None:
             apart, fixed, moving = z.new_full((), 2**0.5), z.new_zeros(z.shape), z.new_zeros(self.classes)
         else:
-            rows = _norm(head.weight)
+            rows, size = sizes(head.weight), met[-1].size
             apart = torch.cdist(head.weight, head.weight, compute_mode="donot_use_mm_for_euclid_dist")[prediction]
             # the last layer's rounding in the copy and in the program: ρ = fixed + moving·r for each logit
             mine, theirs = _inner(head.in_features, UNIT[torch.float64]), _inner(head.in_features, self._unit)
             bias = 0.0 if head.bias is None else head.bias.abs()
-            far = sizes[-1] + own + alpha
-            fixed = mine[0] * (rows * sizes[-1][:, None] + bias) + theirs[0] * (rows * far[:, None] + bias)
+            far = size + own + alpha
+            fixed = mine[0] * (rows * size[:, None] + bias) + theirs[0] * (rows * far[:, None] + bias)
             fixed, moving = fixed + mine[1] + theirs[1], theirs[0] * rows * (growth + beta)
-        apart = apart * _UP + _SMALL
-        margin = (z.gather(1, prediction[:, None]) - z) / _UP
+        apart = apart * SLACK + NOTHING
+        margin = (z.gather(1, prediction[:, None]) - z) / SLACK
         lost = apart * (own + alpha)[:, None] + fixed + fixed.gather(1, prediction[:, None])
         speed = apart * (self.lipschitz + beta) + moving + moving.expand_as(z).gather(1, prediction[:, None])
-        left = margin - lost * _UP
-        radius = torch.where(left > 0, left / speed / _UP**2, 0.0).where(rivals, torch.inf).amin(1)
+        left = margin - lost * SLACK
+        radius = torch.where(left > 0, left / speed / SLACK**2, 0.0).where(rivals, torch.inf).amin(1)
         return Radii(prediction, radius.where(z.isfinite().all(1), 0.0))
 
 
@@ -239,23 +246,34 @@ def _flat(module: nn.Module, certificate: Certificate) -> Iterator[tuple[nn.Modu
         yield module, certificate
 
 
-def _sizes(module: nn.Module, y: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The norms (N,) of what each of ``_flat``'s layers is given, and the module's value at y.
+def _follow(module: nn.Module, y: Tensor, unit: float) -> tuple[list[_Met], Tensor]:
+    """What each of ``_flat``'s layers meets, and the module's value at y; ``unit``: the program's unit roundoff.
 
-    Of several views, the largest: errors grow with sizes, and that of a mean is at most the largest of those of what it is taken of.
+    Of several views, the largest: what may be lost at a mean is at most the largest of what may be at what it is taken of.
     """
     if isinstance(module, Symmetrised):
-        runs = [_sizes(module.inner, view) for view in module.views(y)]
+        runs = [_follow(module.inner, view, unit) for view in module.views(y)]
         outputs = [output for _, output in runs]
-        each = zip(*([*sizes, _norm(output)] for sizes, output in runs), strict=True)
-        return [torch.stack(norms).amax(0) for norms in each], module.mean(outputs)
-    if not (children := _chained(module)):
-        return [_norm(y)], module(y)
-    sizes = []
-    for child in children:
-        given, y = _sizes(child, y)
-        sizes += given
-    return sizes, y
+        each = zip(*([*met, _met(output)] for met, output in runs), strict=True)
+        return [_Met(*(torch.stack(bounds).amax(0) for bounds in zip(*met, strict=True))) for met in each], module.mean(
+            outputs
+        )
+    if children := _chained(module):
+        all_met: list[_Met] = []
+        for child in children:
+            met, y = _follow(child, y, unit)
+            all_met += met
+        return all_met, y
+    # in float64 the worst case costs nothing
+    if isinstance(module, GradientFlow) and is_torch(module.linear) and unit > UNIT[torch.float64]:
+        output, error = observe(module, y, unit)
+        return [_Met(sizes(y), error)], output
+    return [_met(y)], module(y)
+
+
+def _met(y: Tensor) -> _Met:
+    size = sizes(y)
+    return _Met(size, torch.full_like(size, torch.inf))
 
 
 def _chained(module: nn.Module) -> list[nn.Module]:
@@ -290,12 +308,12 @@ def _compare(made: CertifiedClassifier) -> None:
     """That the copy, layer by layer, computes what the model does: on two images, to what its type can resolve."""
     like = next(made.model.parameters(), torch.zeros(()))
     x = torch.rand((2, *made.shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
-    sizes, z = made._run(x)
+    met, z = made._run(x)
     head = made._copy.head
     scale = (
-        _norm(z)
+        sizes(z)
         if head is None
-        else sizes[-1] * _norm(head.weight).max() + (0 if head.bias is None else head.bias.abs().max())
+        else met[-1].size * sizes(head.weight).max() + (0 if head.bias is None else head.bias.abs().max())
     )
     off = (made.model(x).double() - z).abs().amax(1)
     if not bool((off <= 2**12 * torch.finfo(like.dtype).eps * scale).all()):
@@ -303,11 +321,6 @@ def _compare(made: CertifiedClassifier) -> None:
             f"the network, and its layers one after the other in float64, differ by {float(off.max()):.3g} in the logits: one of "
             "them does not do what its certificate says. This is a defect: please report it with the network."
         )
-
-
-def _norm(y: Tensor) -> Tensor:
-    """‖y‖ of each sample, from above."""
-    return y.detach().flatten(1).norm(dim=1) * _UP
 
 
 def _inner(terms: int, unit: float) -> tuple[float, float]:
