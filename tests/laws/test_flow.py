@@ -372,6 +372,31 @@ def test_a_control_that_steps_too_far_is_refused() -> None:
 
 # ------------------------------------------------------------------------------------------------------------------- training
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_a_constraint_the_step_stays_and_the_proof_goes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make = [
+        GradientFlow(nn.Conv1d(2, 3, 3, padding=1), control=name, alpha=0.4) for name in ("maximal", "unconstrained")
+    ]
+    make[1].load_state_dict({**make[1].state_dict(), **make[0].state_dict()})
+    held, free = (block.to(dtype) for block in make)
+    x = torch.randn(4, 2, 9, dtype=dtype)
+    assert torch.allclose(held(x), free(x))  # the same function to begin with
+    step = float(free.control.size)
+    with torch.no_grad():
+        for block in (held, free):
+            block.linear.weight.mul_(3)
+    assert free(x).norm() > 1.2 * held(x).norm() and float(free.control.size) == step
+    assert certify(held.eval(), (2, 9)).averaged == pytest.approx(0.4, abs=1e-5)
+    assert free.eval().step() == (step, 1)
+    with pytest.raises(Refused, match="Unconstrained"):
+        certify(free, (2, 9))
+    again = GradientFlow(nn.Conv1d(2, 3, 3, padding=1), control="unconstrained", alpha=0.4).to(dtype).eval()
+    again.load_state_dict(free.state_dict())
+    assert torch.equal(again(x), free(x))
+
+
 OPTIMISED = [
     lambda: MaximalStep(), lambda: MaximalStep(0.4), lambda: AdaptiveSteps(), lambda: AdaptiveSteps(0.4),
     lambda: Rescale(), lambda: Rescale(0.4, span=2.0), lambda: CappedStep(0.4),

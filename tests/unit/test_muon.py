@@ -60,3 +60,12 @@ def test_it_solves_a_regression_that_needs_both_kinds_of_parameter() -> None:
         loss.backward()
         optimiser.step()
     assert loss.item() < 1e-3
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_directions_that_a_matrix_does_not_have_stay_small(rank: int) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(40, rank) @ torch.randn(rank, 90)
+    s = torch.linalg.svdvals(orthogonalised(matrix))
+    assert s[rank - 1] > 0.5 and s[0] < 1.4 and s[rank] < 0.5
+    assert not orthogonalised(torch.zeros(3, 5)).any()

@@ -1,6 +1,6 @@
 """Modules: gradient flows, what goes between them, and the networks made of them."""
 
-from nonexpansive.nn.control import AdaptiveSteps, CappedStep, MaximalStep, NormControl, Rescale
+from nonexpansive.nn.control import AdaptiveSteps, CappedStep, MaximalStep, NormControl, Rescale, Unconstrained
 from nonexpansive.nn.flow import GradientFlow, project
 from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.pooled import PooledRamps
@@ -25,5 +25,6 @@ __all__ = [
     "Residual",
     "Resolvent",
     "Scale",
+    "Unconstrained",
     "project",
 ]

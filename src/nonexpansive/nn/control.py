@@ -1,4 +1,4 @@
-"""Keeping the spectral-norm constraint while training: three ways behind one interface.
+"""Keeping the spectral-norm constraint while training: four ways behind one interface, and none, to compare with.
 
 A step of size h of a method with contractivity radius r is α-averaged (α = 1: non-expansive) if
 h ≤ 2ν/(1/α - 1 + 1/r) with ν = 1/(L_σ‖A‖²). So a bound on ‖A‖ has to steer either the step or the weights:
@@ -8,7 +8,8 @@ h ≤ 2ν/(1/α - 1 + 1/r) with ν = 1/(L_σ‖A‖²). So a bound on ‖A‖ ha
 - :class:`MaximalStep`: one step, the largest safe one, differentiated through the norm (for Euler and α = 1 this is the
   convex potential layer of Meunier et al. 2022);
 - :class:`CappedStep`: the same, with the weights kept at ‖A‖ ≤ 1;
-- :class:`Rescale`: one step of fixed size T, the weights scaled down after each optimiser step (see ``project``).
+- :class:`Rescale`: one step of fixed size T, the weights scaled down after each optimiser step (see ``project``);
+- :class:`Unconstrained`: one step of fixed size and free weights, of which nothing is proved: what the constraint costs.
 
 In training the norm is *estimated*, from below, by one warm-started power iteration a step. In evaluation it is *bounded*, from
 above, by ``norm_bound`` for any input size: an estimate may steer a training, only a bound decides what is deployed.
@@ -87,7 +88,7 @@ class NormControl(nn.Module):
         raise NotImplementedError
 
     def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
-        """The step h and the number of substeps for a bound ‖A‖ ≤ norm: proved safe."""
+        """The step h and the number of substeps of evaluation mode, for a bound ‖A‖ ≤ norm: safe if anything is to be proved."""
         raise NotImplementedError
 
     def rescaling(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> float:
@@ -194,16 +195,40 @@ class Rescale(_FixedSpan):
         return min(1.0, math.sqrt(self.largest(norm, lipschitz, tableau) / self.span))
 
 
+class Unconstrained(NormControl):
+    """One step, always of the size that was the largest safe one when training began, and weights that nothing holds.
+
+    The ordinary twin of a constrained network: the same function before training, as fast. Certificates are refused as soon as the
+    weights have outgrown that step. The size of the step is a buffer, saved with the weights.
+    """
+
+    size: Tensor
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__(alpha)
+        self.register_buffer("size", torch.zeros(()))
+
+    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:
+        with torch.no_grad():
+            first = tableau.max_step(1.0, self.alpha) / (lipschitz * squared).clamp_min(SMALLEST)
+            self.size.copy_(torch.where(self.size > 0, self.size, first))
+        return self.size.clone(), 1
+
+    def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
+        return float(self.size) or self.largest(norm, lipschitz, tableau), 1
+
+
 CONTROLS: dict[str, type[NormControl]] = {
     "maximal": MaximalStep,
     "capped": CappedStep,
     "adaptive": AdaptiveSteps,
     "rescale": Rescale,
+    "unconstrained": Unconstrained,
 }
 
 
 def control(which: str | NormControl, alpha: float | None = None) -> NormControl:
-    """A control by name ("maximal", "capped", "adaptive", "rescale") with the wanted α, or the given one as it is."""
+    """A control by name ("maximal", "capped", "adaptive", "rescale", "unconstrained") with the wanted α, or the given one as it is."""
     if isinstance(which, NormControl):
         if alpha is not None and alpha != which.alpha:
             raise BadInput(f"alpha={alpha} contradicts the control's own alpha={which.alpha}: give it once")

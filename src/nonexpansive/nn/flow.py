@@ -51,8 +51,8 @@ class GradientFlow(nn.Module):
       parametrized, or a module of your own that is linear and has a method ``norm_bound(shape) -> float``.
     - ``activation``: σ, elementwise and non-decreasing, by name or as a module; anything else is refused.
     - ``method``: a Runge-Kutta method by name or a :class:`ButcherTableau`; those with radius 0 are refused.
-    - ``control``: how the constraint is kept ("maximal", "adaptive", "rescale" or a :class:`NormControl`), with ``alpha`` the
-      wanted averagedness (default 1: non-expansive).
+    - ``control``: how the constraint is kept ("maximal", "capped", "adaptive", "rescale" or a :class:`NormControl`), with ``alpha``
+      the wanted averagedness (default 1: non-expansive); "unconstrained": not at all, for comparison.
     - ``shape``: the shape of one input, needed only for a linear module of your own.
     - ``recompute``: keep only x for the backward pass and compute the rest again, which halves the memory of training.
 
@@ -224,7 +224,8 @@ def _flow(flow: GradientFlow, shape: Shape, unit: float) -> Certificate:
     alpha = flow.tableau.averagedness(down(1 / smoothness), h) if smoothness else 0.0
     if alpha > 1:
         raise Refused(
-            f"the step h = {h:g} of {flow.tableau.name} is not known to be safe for ‖A‖ ≤ {norm:g}: its control is wrong"
+            f"the step h = {h:g} of {flow.tableau.name} is not known to be safe for ‖A‖ ≤ {above(norm)}, which its control, "
+            f"{type(flow.control).__name__}, was to see to: train with another, such as maximal"
         )
     one = total = _step_enclosure(flow, shape, unit, norm, h)
     for _ in range(n - 1):
