@@ -84,6 +84,7 @@ def test_every_forward_model_and_method(monkeypatch, tmp_path, models, photos, c
     assert values["certified"] and values["refusal"] is None and "warning" not in values
     assert len(values["residuals"]) == values["iterations"]
     assert {"start", "restored"} == set(values["quality"])
+    assert values["acceleration"] == (None if "--anchored" in options else "anderson")
     if "--anchored" not in options:
         assert 0 < values["averaged"] < 1
     assert figure.stat().st_size > 1000
@@ -117,6 +118,17 @@ def test_measurements_from_arrays(monkeypatch, tmp_path, models, name, settings,
     common = ("--model", models[1], "-s", "1%", "-o", out, "--iterations", 30)
     assert run(monkeypatch, source, "-p", name, *given, *options, *common) == 0
     assert np.load(out).shape == (1, 24, 24)
+
+
+@pytest.mark.parametrize("more", [("--acceleration", "none"), ("--memory", "0.1")])
+def test_plain_steps_on_request_and_where_memory_is_short(monkeypatch, tmp_path, models, photos, more):
+    """24x24 pixels of 3 channels are 7 kB, of which the acceleration would keep twenty."""
+    result = tmp_path / "r.json"
+    common = ("-o", tmp_path / "o.png", "--json", result, "--model", models[3], "--iterations", 5)
+    assert run(monkeypatch, photos[3], *BLUR, "--degrade", *common, *more) == 0
+    values = json.loads(result.read_text())
+    assert values["acceleration"] is None and values["certified"]
+    assert len(values["proved"]) == 5  # a rate is known beforehand of plain steps alone
 
 
 def test_an_uncertified_run_says_so_everywhere(monkeypatch, tmp_path, models, photos, capsys):

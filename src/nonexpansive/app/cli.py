@@ -21,6 +21,7 @@ from nonexpansive.app.output import check_writable, write_json
 from nonexpansive.app.restore import restore
 from nonexpansive.app.robust import attack, certify_model, classify
 from nonexpansive.app.runs import (
+    Accelerated,
     Figure,
     Iterations,
     Json,
@@ -35,6 +36,7 @@ from nonexpansive.app.runs import (
     finish,
     iterate,
     out,
+    require_accelerated,
     show_certificate,
     show_plan,
     the_denoiser,
@@ -91,6 +93,7 @@ def deblur(
     ] = None,
     level: Annotated[str | None, typer.Option(help="The denoiser's noise level, in place of the rule's.")] = None,
     tau: Annotated[float | None, typer.Option(help="The data step τ, in place of the rule's.")] = None,
+    acceleration: Accelerated = "auto",
     tolerance: Tolerance = 3e-4,
     iterations: Iterations = 300,
     seed: Seed = 0,
@@ -105,6 +108,7 @@ def deblur(
     """
     began = time.perf_counter()
     check_outputs(photo, output, figure, json_file)
+    require_accelerated(acceleration)
     level_of_noise = noise_level(noise)
     sigma = None if level is None else noise_level(level)
     k = kernel(blur_kernel)
@@ -122,7 +126,7 @@ def deblur(
         blurring = blur(k, image_shape(shape, k, boundary), boundary)  # type: ignore[arg-type]
     prepared = plan(y, blurring, denoiser, level_of_noise, method=method, sigma=sigma, tau=tau, memory=memory * 1e6)
     show_plan(prepared, denoiser)
-    report = iterate(prepared, tolerance, iterations)
+    report = iterate(prepared, tolerance, iterations, acceleration)
     restored = blurring.crop(report.image) if not degraded else report.image
     restored = restored.clamp(0, 1)
     result: dict[str, Any] = {

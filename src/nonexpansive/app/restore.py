@@ -18,6 +18,7 @@ from torch import Tensor
 from nonexpansive.app.images import Photograph, read_image, write_image
 from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, write_json
 from nonexpansive.app.runs import (
+    Accelerated,
     Figure,
     Iterations,
     Json,
@@ -30,13 +31,14 @@ from nonexpansive.app.runs import (
     finish,
     iterate,
     out,
+    require_accelerated,
     show_plan,
     the_denoiser,
     whole,
 )
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput, NonexpansiveError
-from nonexpansive.restore.iterate import NOT_CERTIFIED, require_acceleration
+from nonexpansive.restore.iterate import NOT_CERTIFIED
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
 from nonexpansive.restore.methods import METHODS
 from nonexpansive.restore.operators import MODELS, forward_model, settings
@@ -62,7 +64,7 @@ class Job:
     model: str | None
     chosen: dict[str, Any]
     """Arguments of :func:`plan`."""
-    acceleration: str | None
+    acceleration: str
     tolerance: float
     iterations: int
     seed: int
@@ -135,9 +137,7 @@ def restore(
     box: Annotated[
         str | None, typer.Option(metavar="LOW,HIGH", help="Keep grey values within; `none`. [default: by method]")
     ] = None,
-    acceleration: Annotated[
-        str | None, typer.Option(help="anderson: fewer steps to the same fixed point, safeguarded.")
-    ] = None,
+    acceleration: Accelerated = "auto",
     iterations: Iterations = 300,
     tolerance: Tolerance = 3e-4,
     uncertified: Annotated[
@@ -170,7 +170,7 @@ def restore(
         "box": _box(box),
         "uncertified": uncertified,
     }
-    require_acceleration(acceleration)
+    require_accelerated(acceleration)
     if method is not None and method not in METHODS:
         raise BadInput(f"no method {method!r}: there are {', '.join(METHODS)}")
     common = (physics, _settings(physics, set_ or []), _size(size), degraded, likelihood, model, chosen, acceleration)
@@ -215,7 +215,7 @@ def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, A
     prepared = plan(y, data, denoiser, job.likelihood, memory=job.memory * 1e6, **job.chosen)
     if not name:
         show_plan(prepared, denoiser)
-    report = iterate(prepared, job.tolerance, job.iterations, job.acceleration, name)  # type: ignore[arg-type]
+    report = iterate(prepared, job.tolerance, job.iterations, job.acceleration, name)
     if not name:
         _show_rates(report.proved, report.movements, report.error)
     restored, start = _seen(data, report.image).clamp(0, 1), _seen(data, prepared.start)

@@ -20,7 +20,7 @@ from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import Certificate
 from nonexpansive.math.rounding import above
 from nonexpansive.nn.models import Denoiser
-from nonexpansive.restore.iterate import NOT_CERTIFIED, Acceleration, Report
+from nonexpansive.restore.iterate import NOT_CERTIFIED, Report, require_acceleration
 from nonexpansive.restore.restoration import Plan
 from nonexpansive.restore.tiles import Tiled
 
@@ -38,11 +38,28 @@ Figure = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write a figure (.png or .pdf): pictures side by side.")
 ]
 Memory = Annotated[
-    float, typer.Option(metavar="MB", help="Bound on the denoiser's own arrays; larger pictures go in tiles.")
+    float,
+    typer.Option(
+        metavar="MB",
+        help="Bound on the denoiser's own arrays (larger pictures go in tiles), and on the acceleration's.",
+    ),
+]
+Accelerated = Annotated[
+    str,
+    typer.Option(
+        help="anderson: fewer steps to the same fixed point, safeguarded; none; or auto: anderson where convergence is proved "
+        "and --memory allows it."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise that is added.")]
 Tolerance = Annotated[float, typer.Option(min=1e-6, help="Stop when the relative residual is at most this.")]
 Iterations = Annotated[int, typer.Option(min=1, help="At most so many steps.")]
+
+
+def require_accelerated(acceleration: str) -> None:
+    """Raises BadInput for an --acceleration that there is not."""
+    if acceleration not in ("auto", "none"):
+        require_acceleration(acceleration)
 
 
 def check_outputs(
@@ -102,21 +119,21 @@ def show_plan(prepared: Plan, denoiser: Denoiser) -> None:
     out.print(f"{settings}; {proof}: [bold green]convergence is proved[/]")
 
 
-def iterate(
-    prepared: Plan, tolerance: float, iterations: int, acceleration: Acceleration | None = None, name: str = ""
-) -> Report:
+def iterate(prepared: Plan, tolerance: float, iterations: int, acceleration: str = "auto", name: str = "") -> Report:
     """Run it with the residual in view, and say how it ended."""
     with progress(iterations, f"{name} residual".strip()) as show:
         report = prepared.run(
             tolerance=tolerance,
             iterations=iterations,
-            acceleration=acceleration,
+            acceleration=acceleration,  # type: ignore[arg-type]
             watch=lambda k, residual, x: show(k, f"{residual:.2e}"),
         )
     ending = "converged" if report.converged else "stopped, not yet converged,"
     out.print(
         f"{f'{name}: ' if name else ''}{ending} after {report.iterations} steps at a relative residual of "
-        f"{report.residuals[-1]:.2e}, {report.seconds:.1f} s" + ("" if report.certified else f" ({NOT_CERTIFIED})")
+        f"{report.residuals[-1]:.2e}, {report.seconds:.1f} s"
+        + (f", {report.acceleration}" if report.acceleration else "")
+        + ("" if report.certified else f" ({NOT_CERTIFIED})")
     )
     return report
 

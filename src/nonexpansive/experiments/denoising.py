@@ -221,6 +221,7 @@ def _judge(
         if key not in kept or (photo in files and not file.is_file()):
             watch(name, done, len(photographs.names))
             clean, noisy = photographs.pair(photo)
+            noisy = noisy.contiguous(memory_format=torch.channels_last)  # as the weights are
             began = time.process_time()
             with torch.no_grad():
                 restored = denoise(noisy, photographs.known.sigma)

@@ -139,6 +139,9 @@ BUDGET, DECAY = 1e3, 1.01
 MEMORY = 6
 """How many differences the acceleration remembers: two states each."""
 
+STATES = 2 * MEMORY + 8
+"""How many states the acceleration keeps: the differences, and eight on the way to a proposal (float64 counts twice)."""
+
 
 class Anderson:
     """Type-II Anderson acceleration of x ↦ T(x), T averaged, sample by sample, with a safeguard that keeps the proof.
@@ -191,14 +194,20 @@ def column(mask: Tensor, like: Tensor) -> Tensor:
 
 def propose(point: Tensor, residual: Tensor, differences: list[tuple[Tensor, Tensor]]) -> Tensor:
     """T(p) - ΔT·γ, γ = argmin ‖g - ΔG·γ‖, each sample by itself; the small system in float64, regularised by what float32 resolves."""
-    G = torch.stack([g.flatten(1) for g, _ in differences], 1).double()  # (B, m, n)
-    gram = G @ G.mT
+    wide = [g.flatten(1) for g, _ in [*differences, (residual, None)]]
+    m = len(differences)
+    gram = residual.new_zeros((len(residual), m, m + 1), dtype=torch.float64)  # with the right-hand side beside it
+    for i in range(m):
+        row = wide[i].double()
+        for j in range(i, m + 1):
+            gram[:, i, j] = (row * wide[j]).sum(1)
+    right, gram = gram[..., m], gram[..., :m].triu() + gram[..., :m].triu(1).mT
     scale = gram.diagonal(dim1=1, dim2=2)
     weight = scale.rsqrt().nan_to_num(posinf=0.0)  # of columns brought to norm 1; those that were forgotten stay out
     gram = gram * weight[:, :, None] * weight[:, None, :]
-    right = (G @ residual.flatten(1).double()[:, :, None])[..., 0] * weight
+    right = right * weight
     ridge = 1e-10 if point.dtype == torch.float32 else 1e-14
-    eye = torch.eye(G.shape[1], dtype=gram.dtype, device=gram.device)
+    eye = torch.eye(m, dtype=gram.dtype, device=gram.device)
     gamma = torch.linalg.solve_ex(gram + ridge * eye, right[..., None]).result[..., 0] * weight
     out = point.clone()
     for j, (_, t) in enumerate(differences):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.certificate import Certificate
 from nonexpansive.nn.models import Denoiser
-from nonexpansive.restore.iterate import Acceleration, Report, averagedness, fixed_point, prove
+from nonexpansive.restore.iterate import STATES, Acceleration, Iteration, Report, averagedness, fixed_point, prove
 from nonexpansive.restore.likelihood import Gaussian, Likelihood
 from nonexpansive.restore.methods import METHODS, Method, splitting
 from nonexpansive.restore.steps import DataTerm
@@ -44,7 +45,8 @@ SMALLEST_NOISE = 0.25 / 255
 class Plan:
     """A restoration that is decided but not yet run: T, its start, its certificate, and the settings behind it.
 
-    ``certificate`` is None, and ``refusal`` says why, where convergence is not proved and ``uncertified`` allowed that.
+    ``certificate`` is None, and ``refusal`` says why, where convergence is not proved and ``uncertified`` allowed that. ``memory``:
+    the bound in bytes that was asked for, None for none.
     """
 
     iteration: nn.Module
@@ -57,6 +59,7 @@ class Plan:
     likelihood: Likelihood
     smoothness: float | None
     refusal: str | None = None
+    memory: float | None = None
 
     @property
     def averaged(self) -> float | None:
@@ -68,19 +71,31 @@ class Plan:
         *,
         tolerance: float = 3e-4,
         iterations: int = 200,
-        acceleration: Acceleration | None = None,
+        acceleration: Acceleration | Literal["auto", "none"] = "auto",
         watch: Callable[[int, float, Tensor], None] | None = None,
     ) -> Report:
-        """Iterate to the fixed point; see :func:`nonexpansive.restore.iterate.fixed_point`."""
+        """Iterate to the fixed point; see :func:`nonexpansive.restore.iterate.fixed_point`.
+
+        ``acceleration`` "auto" is "anderson" where the iteration is proved averaged and the states that this keeps fit in the
+        plan's ``memory``, else "none".
+        """
+        if acceleration == "auto":
+            acceleration = "anderson" if self.averaged is not None and self._remembers() else "none"
         return fixed_point(
             self.iteration,
             self.start,
             certificate=self.certificate,
             tolerance=tolerance,
             iterations=iterations,
-            acceleration=acceleration,
+            acceleration=None if acceleration == "none" else acceleration,
             watch=watch,
         )
+
+    def _remembers(self) -> bool:
+        """Whether the acceleration may keep its states, and its plain steps are those of the certificate."""
+        scheme = self.iteration if isinstance(self.iteration, Iteration) else Iteration()
+        state = scheme.begin(self.start)
+        return not scheme.anchored and (self.memory is None or STATES * state.nbytes <= self.memory)
 
 
 @torch.no_grad()
@@ -174,7 +189,7 @@ def plan(
             raise
         refusal = str(error)
     start = data.start(likelihood.signal(y))
-    return Plan(iteration, start, certificate, chosen, level, tau, data, likelihood, smoothness, refusal)
+    return Plan(iteration, start, certificate, chosen, level, tau, data, likelihood, smoothness, refusal, memory)
 
 
 __all__ = ["SMALLEST_NOISE", "STRENGTH", "Plan", "Strength", "has_prox", "plan"]
