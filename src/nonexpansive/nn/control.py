@@ -198,8 +198,8 @@ class Rescale(_FixedSpan):
 class Unconstrained(NormControl):
     """One step, always of the size that was the largest safe one when training began, and weights that nothing holds.
 
-    The ordinary twin of a constrained network: the same function before training, as fast. Certificates are refused as soon as the
-    weights have outgrown that step. The size of the step is a buffer, saved with the weights.
+    The ordinary twin of a constrained network: the same function before training, as fast. Its certificate loses α, and its L exceeds 1, as
+    soon as the weights have outgrown that step. The size of the step is a buffer, saved with the weights.
     """
 
     size: Tensor
