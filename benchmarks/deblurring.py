@@ -132,7 +132,10 @@ def compare(arguments: argparse.Namespace, model: Denoiser, photos: PhotoFolder,
         show(title, ["method", *HEAD], rows)
         result[f"{noise:g}"] = {name: vars(score) for name, score in scores.items()}
         if arguments.json:
-            write_json(arguments.json, {"kernels": [Path(k).name for k in arguments.kernels], "photographs": photos.names, "noise": result})
+            write_json(
+                arguments.json,
+                {"kernels": [Path(k).name for k in arguments.kernels], "photographs": photos.names, "noise": result},
+            )
 
 
 def search(arguments: argparse.Namespace, model: Denoiser, photos: PhotoFolder, kernels: list[Tensor]) -> None:

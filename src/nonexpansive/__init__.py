@@ -5,6 +5,7 @@ norm from above; :class:`GradientFlow` is the block; ``load(name)`` gives a trai
 """
 
 from nonexpansive import errors
+from nonexpansive.allocator import keep_memory
 from nonexpansive.checkpoint import load, models, save
 from nonexpansive.math.bounds import norm_bound, norm_estimate
 from nonexpansive.math.certificate import Certificate, certify, fold, rule
@@ -18,6 +19,7 @@ __all__ = [
     "certify",
     "errors",
     "fold",
+    "keep_memory",
     "load",
     "models",
     "norm_bound",

@@ -15,6 +15,7 @@ import torch
 import typer
 
 from nonexpansive import checkpoint
+from nonexpansive.allocator import keep_memory
 from nonexpansive.app.experiments import experiment
 from nonexpansive.app.images import read_image, write_image
 from nonexpansive.app.output import check_writable, write_json
@@ -273,6 +274,7 @@ app.command(epilog=CODES)(experiment)
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one message and an exit code, never a traceback."""
+    keep_memory()
     try:
         app(standalone_mode=True)
     except NonexpansiveError as error:

@@ -161,7 +161,7 @@ class Enclosure:
 
 
 SLACK = 1 + 2.0**-30
-"""More than the rounding of any sum or norm taken of sizes here, in float64 of terms ≥ 0 and at most 2^22 of them."""
+"""More than the rounding of any sum taken of sizes here, in float64 of terms ≥ 0 and at most 2^22 of them."""
 
 NOTHING = 1e-150
 """More than what operations on float64 numbers, and norms of them, lose where results or squares underflow."""
@@ -169,7 +169,7 @@ NOTHING = 1e-150
 
 def sizes(y: Tensor) -> Tensor:
     """‖y‖ (N,) of each sample of y (N, ...), in float64, from above."""
-    return y.detach().double().flatten(1).norm(dim=1) * SLACK + NOTHING
+    return y.detach().double().flatten(1).norm(dim=1) * (SLACK + y[:1].numel() * 2.0**-52) + NOTHING
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,8 @@ class Observed:
         return Observed(apply(self.value), grown, self.unit)._rounded(operands, slope.ulps)
 
     def __mul__(self, factor: float) -> Observed:
+        if abs(factor) in (0.0, 1.0):
+            return Observed(self.value * factor, self.error * abs(factor), self.unit)
         moved = Observed(
             self.value * factor, self.error * abs(factor) + self._each(TINY, NOTHING) * self._root, self.unit
         )

@@ -35,6 +35,9 @@ from nonexpansive.math.tableau import ButcherTableau
 Linear = Callable[[nn.Module, Tensor], tuple[Tensor, Callable[..., Tensor]]]
 """Gives (Ax, s ↦ Aᵀs) for a linear layer and x."""
 
+WARM_UP = 20
+"""Power iterations on fresh weights, so that training starts with an estimate of ‖A‖ that is near it."""
+
 SMALLEST = 1e-12
 """L_σ‖A‖² below this counts as this, so that no step is larger than the arithmetic of the weights bears."""
 
@@ -196,10 +199,10 @@ class Rescale(_FixedSpan):
 
 
 class Unconstrained(NormControl):
-    """One step, always of the size that was the largest safe one when training began, and weights that nothing holds.
+    """One step, always of the size that was the largest safe one when training began (by the estimate then), and free weights.
 
-    The ordinary twin of a constrained network: the same function before training, as fast. Its certificate loses α, and its L exceeds 1, as
-    soon as the weights have outgrown that step. The size of the step is a buffer, saved with the weights.
+    The ordinary twin of a constrained network: the same function before training, as fast. As the weights outgrow the step, the
+    α of its certificate rises, is lost at 1, and L exceeds 1. The size of the step is a buffer, saved with the weights.
     """
 
     size: Tensor
@@ -208,14 +211,29 @@ class Unconstrained(NormControl):
         super().__init__(alpha)
         self.register_buffer("size", torch.zeros(()))
 
+    def attach(self, linear: nn.Module, shape: tuple[int, ...]) -> None:
+        super().attach(linear, shape)
+        self.size = self.size.to(self.vector)
+        self._settled = False
+
+    def squared_norm(self, linear: nn.Module, apply: Linear) -> Tensor:
+        if not self._settled:  # the weights may have been changed since the block was made
+            self._settled = True
+            with torch.no_grad():
+                for _ in range(WARM_UP):
+                    super().squared_norm(linear, apply)
+        return super().squared_norm(linear, apply)
+
     def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:
-        with torch.no_grad():
-            first = tableau.max_step(1.0, self.alpha) / (lipschitz * squared).clamp_min(SMALLEST)
-            self.size.copy_(torch.where(self.size > 0, self.size, first))
-        return self.size.clone(), 1
+        smoothness = lipschitz * squared.detach()
+        largest = (tableau.max_step(1.0, self.alpha) / smoothness.clamp_min(SMALLEST)).to(self.size)
+        size = torch.where(self.size > 0, self.size, largest)
+        self.size.copy_(torch.where(smoothness > SMALLEST, size, self.size))
+        return size, 1
 
     def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
-        return float(self.size) or self.largest(norm, lipschitz, tableau), 1
+        largest = self.largest(norm, lipschitz, tableau)
+        return float(self.size) or largest, 1
 
 
 CONTROLS: dict[str, type[NormControl]] = {

@@ -28,16 +28,13 @@ from nonexpansive.math.integrate import integrate
 from nonexpansive.math.rounding import above, below, down, plus, times, up
 from nonexpansive.math.rules import elementwise, name_of, output_shape, slope_assumptions
 from nonexpansive.math.tableau import ButcherTableau, tableau
-from nonexpansive.nn.control import NormControl, sound_norm
+from nonexpansive.nn.control import WARM_UP, NormControl, sound_norm
 from nonexpansive.nn.control import control as find_control
 from nonexpansive.nn.implicit import REFERENCE, Resolvent
 from nonexpansive.nn.linear import Pullback, affine, homogeneous, is_torch, offset_norm, probe_shape
 from nonexpansive.nn.linear import absolute as absolute_affine
 from nonexpansive.nn.pooled import PooledRamps
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
-
-WARM_UP = 20
-"""Power iterations on fresh weights, so that training starts with an estimate of ‖A‖ that is near it."""
 
 
 class GradientFlow(nn.Module):
@@ -171,16 +168,18 @@ _Stamp = tuple[object, int, object]
 
 
 def _stamps(flow: GradientFlow) -> list[_Stamp]:
-    """What the step depends on: the layers and their tensors, with what changes when one is written to; read without
+    """What the step depends on: the layers, the control and their tensors, with what changes when one is written to; read without
     touching its device.
 
     The tensors themselves are kept, since the place of one that is gone may be taken by another. Inference tensors have no
     count of their changes: theirs is never the same.
     """
     stamps: list[_Stamp] = []
-    for part in (flow.linear, flow.activation):
+    for part in (flow.linear, flow.activation, flow.control):
         stamps.append((part, 0, None))
         for t in (*part.parameters(), *part.buffers()):
+            if t is flow.control.vector:  # on which no step of evaluation mode depends
+                continue
             try:
                 stamps.append((t, t.data_ptr(), object() if t.is_inference() else t._version))
             except RuntimeError:  # a tensor under a functional transform has no place

@@ -175,9 +175,10 @@ class Anderson:
         self.taken += (self.trial & ~refused).double()
         keep = column(refused, ahead)
         change = residual - self.residual, ahead - self.ahead
-        self.differences = [
-            (torch.where(keep, 0, g), torch.where(keep, 0, t)) for g, t in [*self.differences, change][-MEMORY:]
-        ]
+        self.differences = [*self.differences, change][-MEMORY:]
+        for difference in self.differences:
+            for part in difference:
+                part.masked_fill_(keep, 0)
         self.ahead, self.residual = torch.where(keep, self.ahead, ahead), torch.where(keep, self.residual, residual)
         self.moved = torch.where(refused, self.moved, moved)
         proposal = propose(self.ahead, self.residual, self.differences)

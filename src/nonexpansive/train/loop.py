@@ -27,6 +27,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from nonexpansive import sealed
+from nonexpansive.allocator import keep_memory
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadCheckpoint, BadInput, NonexpansiveError
 from nonexpansive.nn.flow import project
@@ -85,6 +86,7 @@ def fit(
         TrainingFailed: the loss is not finite; the message names the step and the last good checkpoint.
         Interrupted: SIGTERM or SIGINT came; a checkpoint is saved.
     """
+    keep_memory()
     config, out = run.train, Path(out)
     fabric = _launch(config, accelerator, devices)
     if config.batch % fabric.world_size:
