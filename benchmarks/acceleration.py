@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    nonexpansive.keep_memory()
     with as_file(files("nonexpansive") / "photographs" / "astronaut.png") as path:
         x = read_image(path).tensor[None, :, 60:124, 200:264]
     blurring = blur(kernel(arguments.kernel), tuple(x.shape[1:]))

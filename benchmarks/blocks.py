@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nonexpansive
 from nonexpansive import GradientFlow
 from nonexpansive.nn.linear import homogeneous
 from nonexpansive.nn.models import paper_classifier
@@ -309,6 +310,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["overhead", "memory", "control", "modes", "growth"], help="one table alone")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    nonexpansive.keep_memory()
     quick = arguments.quick
     tables: dict[str, Callable[[], None]] = {
         "overhead": lambda: overhead(7 if quick else 25),

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nonexpansive
 from nonexpansive import GradientFlow
 from nonexpansive.errors import NonexpansiveError
 from nonexpansive.experiments import shipped
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    nonexpansive.keep_memory()
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     try:
         run = Run.from_toml(shipped(arguments.config))

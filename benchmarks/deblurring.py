@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--trusts", nargs="+", type=float, default=[0.7, 1.0, 1.4], help="trusts to try")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    nonexpansive.keep_memory()
     if untuned := [noise for noise in arguments.noise if noise not in WEIGHTS and not arguments.tune]:
         parser.error(f"total variation is tuned for noise of {list(WEIGHTS)}, not of {untuned}: see --tune")
     try:

@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--tune", type=Path, metavar="DIR", help="tune the total variation on this folder instead")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    nonexpansive.keep_memory()
     if not arguments.tune and not arguments.data:
         parser.error("--data is needed (or --tune)")
     if untuned := [level for level in arguments.levels if level not in WEIGHTS[3] and not arguments.tune]:

@@ -27,6 +27,7 @@ UNIT = 1 if sys.platform == "darwin" else 1024
 def measure(name: str, size: int, threads: int, memory: float) -> tuple[float, float, bool]:
     """Seconds, bytes, and whether the picture went whole."""
     torch.set_num_threads(threads)
+    nonexpansive.keep_memory()
     model = nonexpansive.load(name)
     assert isinstance(model, Denoiser)
     tiled = Tiled(model, memory)
@@ -49,7 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", type=float, default=1000.0, metavar="MB")
+    parser.add_argument("--memory", type=float, default=500.0, metavar="MB")
     arguments = parser.parse_args()
     names = arguments.models or [n for n in nonexpansive.models() if isinstance(nonexpansive.load(n), Denoiser)]
     print("| denoiser | picture | seconds | peak memory, MB | |\n|---|---|---|---|---|")

@@ -98,7 +98,7 @@ def deblur(
     tolerance: Tolerance = 3e-4,
     iterations: Iterations = 300,
     seed: Seed = 0,
-    memory: Memory = 1000.0,
+    memory: Memory = 500.0,
     figure: Figure = None,
     json_file: Json = None,
 ) -> None:
@@ -169,7 +169,7 @@ def denoise(
     ] = False,
     model: Model = None,
     seed: Seed = 0,
-    memory: Memory = 1000.0,
+    memory: Memory = 500.0,
     figure: Figure = None,
     json_file: Json = None,
 ) -> None:

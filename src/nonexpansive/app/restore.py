@@ -144,7 +144,7 @@ def restore(
         bool, typer.Option("--uncertified", help="Run even where convergence is not proved; every output says so.")
     ] = False,
     seed: Seed = 0,
-    memory: Memory = 1000.0,
+    memory: Memory = 500.0,
     figure: Figure = None,
     json_file: Json = None,
 ) -> None:

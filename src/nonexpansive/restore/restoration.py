@@ -124,7 +124,7 @@ def plan(
     anchored: bool = False,
     box: bool | tuple[float, float] | None = None,
     uncertified: bool = False,
-    memory: float = 1e9,
+    memory: float = 5e8,
 ) -> Plan:
     """The restoration of data y (B, *data_shape) with ``noise``: a standard deviation ν, in the unit of [0, 1] images, or a likelihood.
 

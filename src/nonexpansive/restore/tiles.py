@@ -28,12 +28,13 @@ def bytes_per_pixel(denoiser: Denoiser) -> float:
 
 class Tiled(nn.Module):
     """D evaluated tile by tile: the same map as D itself (B, C, H, W), σ → (B, C, H, W), in at most ``memory`` bytes for D's own arrays.
+    What the C library keeps between them comes on top, at most about as much again (``benchmarks/speed.py`` measures the sum).
 
     Pictures that fit are evaluated whole, a batch one by one where it does not fit together. Raises BadInput if even the smallest tile,
     as wide as the reach, does not fit, and for tiles in training mode, where D's reach is not settled.
     """
 
-    def __init__(self, denoiser: Denoiser, memory: float = 1e9) -> None:
+    def __init__(self, denoiser: Denoiser, memory: float = 5e8) -> None:
         super().__init__()
         if not memory > 0:
             raise BadInput(f"memory is a number of bytes above 0, not {memory}")
