@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from importlib.resources import as_file, files
-from typing import Literal
 
 import torch
 
@@ -20,7 +19,7 @@ from nonexpansive.restore.iterate import Acceleration
 
 TOLERANCES = (1e-3, 1e-4, 1e-5)
 METHODS = ("half-quadratic", "forward-backward")
-WAYS: tuple[Acceleration | Literal["none"], ...] = ("none", "anderson")
+WAYS: tuple[Acceleration | None, ...] = (None, "anderson")
 
 
 def main() -> None:
@@ -45,9 +44,7 @@ def main() -> None:
             reached = [next((k for k, r in enumerate(report.residuals, 1) if r <= t), None) for t in TOLERANCES]
             steps = " | ".join("-" if k is None else str(k) for k in reached)
             loose = f"{report.proved[-1] / report.movements[-1]:,.0f}" if report.proved else ""
-            print(
-                f"| {method}, {'plain' if acceleration == 'none' else acceleration} | {steps} | {loose} |", flush=True
-            )
+            print(f"| {method}, {acceleration or 'plain'} | {steps} | {loose} |", flush=True)
 
 
 if __name__ == "__main__":

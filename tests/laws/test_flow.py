@@ -395,7 +395,7 @@ def test_without_a_constraint_the_step_stays_and_the_proof_goes(dtype: torch.dty
     make[1].load_state_dict({**make[1].state_dict(), **make[0].state_dict()})
     held, free = (block.to(dtype) for block in make)
     x = torch.randn(4, 2, 9, dtype=dtype)
-    assert torch.allclose(held(x), free(x))  # the same function to begin with
+    assert torch.allclose(held(x), free(x), atol=0.01)  # to begin with the same, but for the estimates of ‖A‖
     step = float(free.control.size)
     with torch.no_grad():
         for block in (held, free):
@@ -415,16 +415,18 @@ def test_without_a_constraint_the_step_stays_and_the_proof_goes(dtype: torch.dty
 
 def test_a_free_step_is_that_of_the_weights_with_which_training_begins() -> None:
     torch.manual_seed(0)
-    block = GradientFlow(nn.Conv2d(16, 16, 3, padding=1), control="unconstrained")
-    with torch.no_grad():
-        block.linear.weight.zero_()
-    block(torch.randn(1, 16, 4, 4))
-    assert float(block.control.size) == 0.0  # of no weights at all there is no largest step
+    block, empty = (GradientFlow(nn.Conv2d(16, 16, 3, padding=1), control="unconstrained") for _ in range(2))
     with torch.no_grad():
         block.linear.weight.normal_(std=0.1)
-    block.control._settled = False
-    block(torch.randn(1, 16, 4, 4))
-    assert certify(block.eval(), (16, 8, 8)).lipschitz < 1.3  # by an estimate from below, and not by the first guess
+        empty.linear.weight.zero_()
+    for made in (block, empty):
+        made(torch.randn(1, 16, 4, 4))
+    assert certify(block.eval(), (16, 8, 8)).lipschitz < 1.3  # an estimate from below, but not the first guess
+    assert float(empty.control.size) == 0.0  # of no weights at all there is no largest step
+    with torch.no_grad():
+        empty.linear.weight.copy_(block.linear.weight)
+    empty(torch.randn(1, 16, 4, 4))
+    assert certify(empty.eval(), (16, 8, 8)).lipschitz < 1.3
 
 
 OPTIMISED = [
@@ -511,6 +513,31 @@ def test_the_rounding_at_samples_that_are_seen(make, shape, options):
     with torch.inference_mode():
         far = observe(double, 1000 * x.double(), UNIT[torch.float32])[1]
     assert bool((far - seen <= LIPSCHITZ * worst.slope * 999 * sizes).all())
+
+
+class Substeps(MaximalStep):
+    """``count`` steps that are each the largest."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
+        return super().safe_step(norm, lipschitz, tableau)[0], self.count
+
+
+def test_rounding_adds_up_over_substeps() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(12, 20).double(), torch.randn(7, 12).double()
+    one, three = (GradientFlow(linear, control=Substeps(count)).eval() for count in (1, 3))
+    with torch.inference_mode():
+        value, total = observe(three, x, UNIT[torch.float32])
+        each = []
+        for _ in range(3):
+            x, error = observe(one, x, UNIT[torch.float32])
+            each.append(error)
+    assert torch.equal(value, x)
+    assert bool((total >= torch.stack(each).sum(0)).all()) and bool((total <= 1.001 * torch.stack(each).sum(0)).all())
 
 
 def test_a_program_that_sums_one_by_one_stays_within_what_was_seen():

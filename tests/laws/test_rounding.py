@@ -149,6 +149,33 @@ def test_linear_maps_stay_within_what_was_seen(size: float, weight: float, n: in
         assert float((torch.addmv(b, matrix, inner * 0.3).double() - exact).norm()) <= float(handed.linear(again).apart)
 
 
+def test_what_was_off_before_is_off_afterwards() -> None:
+    """Errors far above any rounding, of the program and of the exact value apart, through each operation."""
+    torch.manual_seed(0)
+    a, x, y = torch.randn(5, 9).double(), torch.randn(9).double(), torch.randn(9).double()
+    steep = torch.linalg.svd(a).Vh[0]  # the direction in which A stretches the most
+    norms = [float(torch.linalg.matrix_norm(m, 2)) for m in (a, a.abs())]
+    linear = LinearMap(*norms, 9, 5, 0.0, lambda v: v @ a.T, lambda v: v @ a.abs().T)
+    for row, size in ((0, 0.1), (1, 0.03)):
+        error = torch.zeros(2, 1, dtype=torch.float64)
+        error[row] = size
+        seen, known, off = Observed(x[None], error, U), observe(y), size * steep
+        for after, moved in (
+            (seen.linear(linear), a @ off),
+            (seen.elementwise(slopes(nn.Softplus()), nn.Softplus()), nn.Softplus()(x + off) - nn.Softplus()(x)),
+            (seen * -3.0, -3.0 * off),
+            (seen * 1.0, off),
+            (seen + known, off),
+            (seen + seen, 2 * off),
+            (seen.lerp(known, 0.25), 0.75 * off),
+            (known.lerp(seen, 0.25), 0.25 * off),
+            (seen.rounded(seen.computed, 1.0), off),
+        ):
+            least = float(moved.norm()) * (1 - 1e-12)  # its own rounding
+            assert float(after.error[row]) >= least and float(after.apart) >= least
+            assert float(after.error[1 - row]) < 1e-4
+
+
 def test_a_sum_taken_in_the_worst_order_comes_near_what_is_allowed() -> None:
     """1 and n - 1 numbers of which each is lost when it is added to 1: a program that is allowed, and a bound that is not idle."""
     n = 65

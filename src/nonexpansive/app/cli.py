@@ -30,6 +30,7 @@ from nonexpansive.app.runs import (
     Model,
     Seed,
     Tolerance,
+    accelerated,
     ceil,
     check_outputs,
     compare,
@@ -37,7 +38,6 @@ from nonexpansive.app.runs import (
     finish,
     iterate,
     out,
-    require_accelerated,
     show_certificate,
     show_plan,
     the_denoiser,
@@ -109,7 +109,7 @@ def deblur(
     """
     began = time.perf_counter()
     check_outputs(photo, output, figure, json_file)
-    require_accelerated(acceleration)
+    accelerate = accelerated(acceleration)
     level_of_noise = noise_level(noise)
     sigma = None if level is None else noise_level(level)
     k = kernel(blur_kernel)
@@ -127,7 +127,7 @@ def deblur(
         blurring = blur(k, image_shape(shape, k, boundary), boundary)  # type: ignore[arg-type]
     prepared = plan(y, blurring, denoiser, level_of_noise, method=method, sigma=sigma, tau=tau, memory=memory * 1e6)
     show_plan(prepared, denoiser)
-    report = iterate(prepared, tolerance, iterations, acceleration)
+    report = iterate(prepared, tolerance, iterations, accelerate)
     restored = blurring.crop(report.image) if not degraded else report.image
     restored = restored.clamp(0, 1)
     result: dict[str, Any] = {

@@ -8,7 +8,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -26,19 +26,19 @@ from nonexpansive.app.runs import (
     Model,
     Seed,
     Tolerance,
+    accelerated,
     check_outputs,
     compare,
     finish,
     iterate,
     out,
-    require_accelerated,
     show_plan,
     the_denoiser,
     whole,
 )
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput, NonexpansiveError
-from nonexpansive.restore.iterate import NOT_CERTIFIED
+from nonexpansive.restore.iterate import NOT_CERTIFIED, Acceleration
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
 from nonexpansive.restore.methods import METHODS
 from nonexpansive.restore.operators import MODELS, forward_model, settings
@@ -64,7 +64,7 @@ class Job:
     model: str | None
     chosen: dict[str, Any]
     """Arguments of :func:`plan`."""
-    acceleration: str
+    acceleration: Acceleration | Literal["auto"] | None
     tolerance: float
     iterations: int
     seed: int
@@ -170,10 +170,10 @@ def restore(
         "box": _box(box),
         "uncertified": uncertified,
     }
-    require_accelerated(acceleration)
     if method is not None and method not in METHODS:
         raise BadInput(f"no method {method!r}: there are {', '.join(METHODS)}")
-    common = (physics, _settings(physics, set_ or []), _size(size), degraded, likelihood, model, chosen, acceleration)
+    accelerate = accelerated(acceleration)
+    common = (physics, _settings(physics, set_ or []), _size(size), degraded, likelihood, model, chosen, accelerate)
     rest = (tolerance, iterations, seed, memory)
     if source.is_dir():
         if figure is not None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import Certificate
 from nonexpansive.math.rounding import above
 from nonexpansive.nn.models import Denoiser
-from nonexpansive.restore.iterate import NOT_CERTIFIED, Report, require_acceleration
+from nonexpansive.restore.iterate import NOT_CERTIFIED, Acceleration, Report
 from nonexpansive.restore.restoration import Plan
 from nonexpansive.restore.tiles import Tiled
 
@@ -56,10 +56,12 @@ Tolerance = Annotated[float, typer.Option(min=1e-6, help="Stop when the relative
 Iterations = Annotated[int, typer.Option(min=1, help="At most so many steps.")]
 
 
-def require_accelerated(acceleration: str) -> None:
-    """Raises BadInput for an --acceleration that there is not."""
-    if acceleration not in ("auto", "none"):
-        require_acceleration(acceleration)
+def accelerated(name: str) -> Acceleration | Literal["auto"] | None:
+    """What --acceleration asks for. Raises BadInput for one that there is not."""
+    known: dict[str, Acceleration | Literal["auto"] | None] = {"auto": "auto", "anderson": "anderson", "none": None}
+    if name not in known:
+        raise BadInput(f"no acceleration {name!r}: there are {', '.join(known)}")
+    return known[name]
 
 
 def check_outputs(
@@ -119,13 +121,19 @@ def show_plan(prepared: Plan, denoiser: Denoiser) -> None:
     out.print(f"{settings}; {proof}: [bold green]convergence is proved[/]")
 
 
-def iterate(prepared: Plan, tolerance: float, iterations: int, acceleration: str = "auto", name: str = "") -> Report:
+def iterate(
+    prepared: Plan,
+    tolerance: float,
+    iterations: int,
+    acceleration: Acceleration | Literal["auto"] | None,
+    name: str = "",
+) -> Report:
     """Run it with the residual in view, and say how it ended."""
     with progress(iterations, f"{name} residual".strip()) as show:
         report = prepared.run(
             tolerance=tolerance,
             iterations=iterations,
-            acceleration=acceleration,  # type: ignore[arg-type]
+            acceleration=acceleration,
             watch=lambda k, residual, x: show(k, f"{residual:.2e}"),
         )
     ending = "converged" if report.converged else "stopped, not yet converged,"

@@ -86,6 +86,12 @@ class NormControl(nn.Module):
                 self.vector.copy_(torch.where(usable, ahead / size.where(usable, 1.0), v))
             return image.to(_wide(image)).square().sum()
 
+    def warm_up(self, linear: nn.Module, apply: Linear) -> None:
+        """Bring the estimate near ‖A‖: what it falls short by, the first training steps of a deep network would multiply."""
+        with torch.no_grad():
+            for _ in range(WARM_UP):
+                NormControl.squared_norm(self, linear, apply)
+
     def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:
         """The step h (differentiable) and the number of substeps for an estimate of ‖A‖²."""
         raise NotImplementedError
@@ -214,14 +220,12 @@ class Unconstrained(NormControl):
     def attach(self, linear: nn.Module, shape: tuple[int, ...]) -> None:
         super().attach(linear, shape)
         self.size = self.size.to(self.vector)
-        self._settled = False
+        self._begun = False
 
     def squared_norm(self, linear: nn.Module, apply: Linear) -> Tensor:
-        if not self._settled:  # the weights may have been changed since the block was made
-            self._settled = True
-            with torch.no_grad():
-                for _ in range(WARM_UP):
-                    super().squared_norm(linear, apply)
+        self._begun = self._begun or bool(self.size > 0)  # read from the device until it is so, and never again
+        if not self._begun:
+            self.warm_up(linear, apply)  # of the weights as they are now: the first estimate decides
         return super().squared_norm(linear, apply)
 
     def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:

@@ -28,7 +28,7 @@ from nonexpansive.math.integrate import integrate
 from nonexpansive.math.rounding import above, below, down, plus, times, up
 from nonexpansive.math.rules import elementwise, name_of, output_shape, slope_assumptions
 from nonexpansive.math.tableau import ButcherTableau, tableau
-from nonexpansive.nn.control import WARM_UP, NormControl, sound_norm
+from nonexpansive.nn.control import NormControl, sound_norm
 from nonexpansive.nn.control import control as find_control
 from nonexpansive.nn.implicit import REFERENCE, Resolvent
 from nonexpansive.nn.linear import Pullback, affine, homogeneous, is_torch, offset_norm, probe_shape
@@ -81,10 +81,8 @@ class GradientFlow(nn.Module):
             raise Refused(f"{self.tableau.name} is implicit: use nonexpansive.nn.Resolvent for the implicit Euler step")
         self.control = find_control(control, alpha)
         self.control.attach(linear, probe_shape(linear, shape))
-        # what a raw estimate falls short by, the first training steps of a deep network would multiply
-        for _ in range(0 if any(p.is_meta for p in linear.parameters()) else WARM_UP):
-            with torch.no_grad():
-                self.control.squared_norm(linear, homogeneous)
+        if not any(p.is_meta for p in linear.parameters()):
+            self.control.warm_up(linear, homogeneous)
         self.recompute = recompute
         self._steepest = monotone(self.activation).high
         """L_σ for training, where reading it from the device at each step would stall."""

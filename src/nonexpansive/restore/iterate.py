@@ -127,12 +127,6 @@ class Report:
 # ---------------------------------------------------------------------------------------------------------------- acceleration
 
 
-def require_acceleration(name: str | None) -> None:
-    """Raises BadInput for an acceleration that there is not."""
-    if name is not None and name not in get_args(Acceleration):
-        raise BadInput(f"no acceleration {name!r}: there is {', '.join(get_args(Acceleration))}")
-
-
 BUDGET, DECAY = 1e3, 1.01
 """The n-th proposal that is taken may lie ``BUDGET``·‖T(x₀) - x₀‖/n^``DECAY`` away from the plain step: summable, as DECAY > 1."""
 
@@ -244,7 +238,8 @@ def fixed_point(
     """
     step: Callable[[Tensor], Tensor] = iteration
     scheme = iteration if isinstance(iteration, Iteration) else _PLAIN
-    require_acceleration(acceleration)
+    if acceleration not in (None, *get_args(Acceleration)):
+        raise BadInput(f"no acceleration {acceleration!r}: there is {', '.join(get_args(Acceleration))}, or None")
     if acceleration and scheme.anchored:
         raise BadInput("an anchored (Halpern) iteration has weights of its own: run it without acceleration")
     x = scheme.begin(start)

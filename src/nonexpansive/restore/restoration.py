@@ -46,7 +46,7 @@ class Plan:
     """A restoration that is decided but not yet run: T, its start, its certificate, and the settings behind it.
 
     ``certificate`` is None, and ``refusal`` says why, where convergence is not proved and ``uncertified`` allowed that. ``memory``:
-    the bound in bytes that was asked for, None for none.
+    the bound in bytes that was asked for.
     """
 
     iteration: nn.Module
@@ -59,7 +59,7 @@ class Plan:
     likelihood: Likelihood
     smoothness: float | None
     refusal: str | None = None
-    memory: float | None = None
+    memory: float = math.inf
 
     @property
     def averaged(self) -> float | None:
@@ -71,23 +71,23 @@ class Plan:
         *,
         tolerance: float = 3e-4,
         iterations: int = 200,
-        acceleration: Acceleration | Literal["auto", "none"] = "auto",
+        acceleration: Acceleration | Literal["auto"] | None = "auto",
         watch: Callable[[int, float, Tensor], None] | None = None,
     ) -> Report:
         """Iterate to the fixed point; see :func:`nonexpansive.restore.iterate.fixed_point`.
 
         ``acceleration`` "auto" is "anderson" where the iteration is proved averaged and the states that this keeps fit in the
-        plan's ``memory``, else "none".
+        plan's ``memory``, else None.
         """
         if acceleration == "auto":
-            acceleration = "anderson" if self.averaged is not None and self._remembers() else "none"
+            acceleration = "anderson" if self.averaged is not None and self._remembers() else None
         return fixed_point(
             self.iteration,
             self.start,
             certificate=self.certificate,
             tolerance=tolerance,
             iterations=iterations,
-            acceleration=None if acceleration == "none" else acceleration,
+            acceleration=acceleration,
             watch=watch,
         )
 
@@ -95,7 +95,7 @@ class Plan:
         """Whether the acceleration may keep its states, and its plain steps are those of the certificate."""
         scheme = self.iteration if isinstance(self.iteration, Iteration) else Iteration()
         state = scheme.begin(self.start)
-        return not scheme.anchored and (self.memory is None or STATES * state.nbytes <= self.memory)
+        return not scheme.anchored and STATES * state.nbytes <= self.memory
 
 
 @torch.no_grad()

@@ -255,9 +255,8 @@ def _follow(module: nn.Module, y: Tensor, unit: float) -> tuple[list[_Met], Tens
         runs = [_follow(module.inner, view, unit) for view in module.views(y)]
         outputs = [output for _, output in runs]
         each = zip(*([*met, _met(output)] for met, output in runs), strict=True)
-        return [_Met(*(torch.stack(bounds).amax(0) for bounds in zip(*met, strict=True))) for met in each], module.mean(
-            outputs
-        )
+        most = [_Met(*(torch.stack(bounds).amax(0) for bounds in zip(*met, strict=True))) for met in each]
+        return most, module.mean(outputs)
     if children := _chained(module):
         all_met: list[_Met] = []
         for child in children:
