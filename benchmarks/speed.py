@@ -1,13 +1,14 @@
 """Seconds and memory of the shipped denoisers on a picture: ``python benchmarks/speed.py [--sizes 512 2048] [--threads 2]``.
 
 Each measurement is made in a process of its own: the median of three runs after one that does not count, and by how much the runs
-raise the peak of resident memory over that of the process with the model and the picture in it. Pictures whose arrays would need more than
-``--memory`` MB go in tiles, as they do in ``nonexpansive denoise``.
+raise the peak of resident memory over that of the process with the model and the picture in it; with memory kept (``keep_memory``)
+and given back. Pictures whose arrays would need more than ``--memory`` MB go in tiles, as they do in ``nonexpansive denoise``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -24,10 +25,11 @@ UNIT = 1 if sys.platform == "darwin" else 1024
 """Of ``ru_maxrss``, in bytes."""
 
 
-def measure(name: str, size: int, threads: int, memory: float) -> tuple[float, float, bool]:
+def measure(name: str, size: int, threads: int, memory: float, keep: bool) -> tuple[float, float, bool]:
     """Seconds, bytes, and whether the picture went whole."""
     torch.set_num_threads(threads)
-    nonexpansive.keep_memory()
+    if keep:
+        nonexpansive.keep_memory()
     model = nonexpansive.load(name)
     assert isinstance(model, Denoiser)
     tiled = Tiled(model, memory)
@@ -53,14 +55,15 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=500.0, metavar="MB")
     arguments = parser.parse_args()
     names = arguments.models or [n for n in nonexpansive.models() if isinstance(nonexpansive.load(n), Denoiser)]
-    print("| denoiser | picture | seconds | peak memory, MB | |\n|---|---|---|---|---|")
+    print("| denoiser | picture | memory | seconds | peak memory, MB | |\n|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
     for name in names:
-        for size in arguments.sizes:
+        for size, keep in itertools.product(arguments.sizes, (True, False)):
+            ask = (name, size, arguments.threads, arguments.memory * 1e6, keep)
             with context.Pool(1) as pool:
-                seconds, peak, whole = pool.apply(measure, (name, size, arguments.threads, arguments.memory * 1e6))
-            how = "whole" if whole else "in tiles"
-            print(f"| {name} | {size}x{size} | {seconds:.2f} | {peak / 1e6:.0f} | {how} |", flush=True)
+                seconds, peak, whole = pool.apply(measure, ask)
+            kept, how = "kept" if keep else "given back", "whole" if whole else "in tiles"
+            print(f"| {name} | {size}x{size} | {kept} | {seconds:.2f} | {peak / 1e6:.0f} | {how} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def keep_memory() -> bool:
     """Let this process keep what tensors on the CPU free, for those that follow. Returns whether it could be arranged (with glibc).
 
     glibc asks the system for each large block and returns it when it is freed. A network frees and asks for blocks of one size all the
-    time, and the system fills each with zeros, page by page: a denoiser took twice as long by that on a picture of 512x512.
+    time, and the system fills each with zeros, page by page: a denoiser takes up to twice as long by that (``benchmarks/speed.py``).
     The price is that memory, once used, is not given back before the process ends. The command line and trainings call this; in a
     program of your own it is your choice, to be made before the large tensors.
     """
