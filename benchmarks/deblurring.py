@@ -3,8 +3,11 @@
 Photograph i, its middle 256x256, is blurred by kernel i (modulo their number), periodically continued, and disturbed by
 Gaussian noise of each level (on the scale of 255). Mean PSNR with peak 1, seconds, and steps to a relative residual of 3e-4.
 
+``--ordinary FILE`` adds forward-backward with a denoiser that nothing holds, such as a DnCNN, as its users run it: relaxed,
+(1-t)I + tD, and stopped after so many steps, both given for each noise level by ``--settings``. ``certify`` refuses it.
+
 ``--tune`` searches, on the photographs and kernels given, which should not be those reported, the denoiser's level and its trust in the
-data for both methods, and the weight of the total variation.
+data for both methods, the weight of the total variation, and the t and the number of steps of an ordinary denoiser.
 """
 
 from __future__ import annotations
@@ -19,14 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import nonexpansive
 from nonexpansive.app.output import write_json
 from nonexpansive.errors import BadInput, NonexpansiveError
 from nonexpansive.nn.models import Denoiser
-from nonexpansive.restore import Blurring, blur, degrade, kernel, plan
+from nonexpansive.restore import Blurring, blur, degrade, kernel, plan, splitting
 from nonexpansive.restore.methods import Method
 from nonexpansive.restore.physics import Boundary
 from nonexpansive.restore.variational import tune, tv_deblur
@@ -115,17 +118,48 @@ def plug_and_play(model: Denoiser, method: Method, sigma: float | None = None, t
     return restore
 
 
+def relaxed(model: nn.Module, problem: Problem, t: float) -> Iterator[Tensor]:
+    """The iterates of x ← D_t(x - τAᵀ(Ax - y)), D_t = (1-t)I + tD, which nothing proves to settle."""
+    blurring, data = problem.blurring, problem.data
+    T = splitting(
+        "forward-backward", model, blurring, data, sigma=problem.noise, tau=1.99 / blurring.lipschitz, strength=t
+    )
+    x = blurring.start(data)
+    with torch.no_grad():
+        while True:
+            yield (x := T(x))
+
+
+def ordinary(model: nn.Module, t: float, steps: int) -> Restoration:
+    def restore(problem: Problem) -> tuple[Tensor, int]:
+        return next(itertools.islice(relaxed(model, problem, t), steps - 1, None)), steps
+
+    return restore
+
+
+def settings(arguments: argparse.Namespace) -> dict[float, tuple[float, int]]:
+    """(t, steps) of the ordinary denoiser at each noise level."""
+    pairs = [setting.split(":") for setting in arguments.settings]
+    if not all(len(pair) == 2 for pair in pairs) or len(pairs) != len(arguments.noise):
+        raise BadInput("--settings are T:STEPS, one for each noise level, such as 0.1:30; --tune finds them")
+    return {noise: (float(t), int(steps)) for noise, (t, steps) in zip(arguments.noise, pairs, strict=True)}
+
+
 def methods(arguments: argparse.Namespace) -> list[Method]:
     """Those asked for, of those that suit the boundary: half-quadratic needs a circular one."""
     return [method for method in arguments.methods if arguments.boundary == "circular" or method == "forward-backward"]
 
 
-def compare(arguments: argparse.Namespace, model: Denoiser, photos: PhotoFolder, kernels: list[Tensor]) -> None:
-    result = {}
+def compare(
+    arguments: argparse.Namespace, model: Denoiser, other: nn.Module | None, photos: PhotoFolder, kernels: list[Tensor]
+) -> None:
+    result, chosen = {}, settings(arguments) if other is not None else {}
     for noise in arguments.noise:
         given = list(problems(photos, kernels, noise, arguments.boundary, arguments.crop))
         ways = {"blurred input": nothing, "total variation": total_variation(WEIGHTS[noise])}
         ways |= {method: plug_and_play(model, method) for method in methods(arguments)}
+        if other is not None:
+            ways["ordinary denoiser, uncertified"] = ordinary(other, *chosen[noise])
         scores = {name: run(way, given) for name, way in ways.items()}
         rows = [[name, *score.row()] for name, score in scores.items()]
         title = f"Noise {noise:g}/255, {len(given)} photographs, {arguments.boundary} boundary"
@@ -138,10 +172,25 @@ def compare(arguments: argparse.Namespace, model: Denoiser, photos: PhotoFolder,
             )
 
 
-def search(arguments: argparse.Namespace, model: Denoiser, photos: PhotoFolder, kernels: list[Tensor]) -> None:
-    """Every pair of a level (a multiple of the noise, plus a floor) and a step, best first; then the total variation."""
+def search(
+    arguments: argparse.Namespace, model: Denoiser, other: nn.Module | None, photos: PhotoFolder, kernels: list[Tensor]
+) -> None:
+    """Every pair of a level (a multiple of the noise) and a step, best first; then the total variation. An ``other`` denoiser alone:
+    every t with the number of steps, of up to ``--steps``, that is best for it."""
     for noise in arguments.noise:
         given = list(problems(photos, kernels, noise, arguments.boundary, arguments.crop))
+        if other is not None:
+            rows = []
+            for t in arguments.strengths:
+                paths = [[p.psnr(x) for x in itertools.islice(relaxed(other, p, t), arguments.steps)] for p in given]
+                means = [statistics.fmean(step) for step in zip(*paths, strict=True)]
+                best = max(range(len(means)), key=means.__getitem__)
+                rows.append([f"{t:g}", f"{best + 1}", f"{means[best]:.2f}", f"{means[-1]:.2f}"])
+                print(f"ordinary: {' '.join(rows[-1])}", file=sys.stderr, flush=True)
+            rows.sort(key=lambda row: -float(row[2]))
+            head = ["t", "best step", "PSNR, dB", f"PSNR after {arguments.steps}"]
+            show(f"ordinary denoiser, noise {noise:g}/255", head, rows)
+            continue
         for method in methods(arguments):
             rows = []
             # forward-backward takes the longest step that there is: shorter ones only mean more of them at a lower level
@@ -177,6 +226,12 @@ def main() -> None:
         "--names", type=Path, help="text file with the names of those to take; with --tune, to leave out"
     )
     parser.add_argument("--model", default="denoiser-colour", help="a shipped name or a .safetensors file")
+    parser.add_argument(
+        "--ordinary", metavar="FILE", help="weights of a denoiser without a certificate, to be run beside"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", default=[], metavar="T:STEPS", help="its relaxation and steps, for each noise level"
+    )
     parser.add_argument("--kernels", nargs="+", default=KERNELS, help="files or forms such as shake:27,seed=3")
     parser.add_argument("--noise", nargs="+", type=float, default=[2.55, 7.65])
     parser.add_argument("--boundary", choices=["circular", "valid"], default="circular")
@@ -191,6 +246,10 @@ def main() -> None:
         "--levels", nargs="+", type=float, default=[1.0, 1.5, 2.0, 3.0], help="levels to try, in units of the noise"
     )
     parser.add_argument("--trusts", nargs="+", type=float, default=[0.7, 1.0, 1.4], help="trusts to try")
+    parser.add_argument(
+        "--strengths", nargs="+", type=float, default=[0.03, 0.1, 0.2, 0.4, 0.7], help="t of an ordinary one to try"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="steps of an ordinary one to try, up to so many")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     nonexpansive.keep_memory()
@@ -200,11 +259,12 @@ def main() -> None:
         model = nonexpansive.load(arguments.model)
         if not isinstance(model, Denoiser):
             raise BadInput(f"{arguments.model} is no denoiser")
+        other = nonexpansive.load(arguments.ordinary) if arguments.ordinary else None
         names = read_names(arguments.names) if arguments.names else None
         select, exclude = (None, names) if arguments.tune else (names, None)
         photos = PhotoFolder(arguments.data, model.channels, select=select, exclude=exclude, limit=arguments.limit)
         kernels = [kernel(spec) for spec in arguments.kernels]
-        (search if arguments.tune else compare)(arguments, model, photos, kernels)
+        (search if arguments.tune else compare)(arguments, model, other, photos, kernels)
     except NonexpansiveError as error:
         parser.exit(3, f"error: {error}\n")
 

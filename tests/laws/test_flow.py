@@ -15,7 +15,16 @@ from cases import METHODS, Difference, Shape, flow_linears, pairs, stretch
 from nonexpansive import ButcherTableau, certify, norm_bound
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.rounding import UNIT
-from nonexpansive.nn import AdaptiveSteps, CappedStep, ClippedRamps, GradientFlow, MaximalStep, Rescale, project
+from nonexpansive.nn import (
+    AdaptiveSteps,
+    CappedStep,
+    ClippedRamps,
+    GradientFlow,
+    MaximalStep,
+    Rescale,
+    SignedRamps,
+    project,
+)
 from nonexpansive.nn.flow import LIPSCHITZ, observe
 from nonexpansive.nn.linear import affine, homogeneous
 
@@ -411,6 +420,33 @@ def test_without_a_constraint_the_step_stays_and_the_proof_goes(dtype: torch.dty
     again = GradientFlow(nn.Conv1d(2, 3, 3, padding=1), control="unconstrained", alpha=0.4).to(dtype).eval()
     again.load_state_dict(free.state_dict())
     assert torch.equal(again(x), free(x))
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_without_a_constraint_a_decreasing_activation_is_certified_for_what_it_is(method: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Conv1d(2, 6, 3, padding=1)
+    ramps = SignedRamps(6, 2)
+    with torch.no_grad():
+        ramps.mixture += torch.tensor([[0.3], [-0.3]])  # between its thresholds, σ decreases
+    for control in ("maximal", "adaptive", "capped", "rescale"):
+        with pytest.raises(Refused, match="decreases"):
+            GradientFlow(copy.deepcopy(linear), ramps, control=control)
+    flow = GradientFlow(linear, ramps, method=method, control="unconstrained").double().eval()
+    proved = certify(flow, (2, 9))
+    assert proved.averaged is None and "σ decreases" in proved.rule
+    found = 0.0
+    for size in (0.1, 0.2, 0.4):
+        for _ in range(10):
+            jacobian = torch.func.jacrev(lambda x: flow(x[None])[0])(size * torch.randn(2, 9).double())
+            found = max(found, torch.linalg.matrix_norm(jacobian.detach().reshape(18, 18), 2).item())
+    assert 1.05 < found <= proved.lipschitz
+    assert method != "euler" or proved.lipschitz < 1.6 * found  # not by the triangle inequality, which has 1 + hL‖A‖²
+    single = copy.deepcopy(flow).float()
+    x = torch.randn(20, 2, 9)
+    apart = (single(x).double() - flow(x.double())).flatten(1).norm(dim=1)
+    error = certify(single, (2, 9), arithmetic=torch.float32).error
+    assert all(float(d) <= error(float(size)) for d, size in zip(apart, x.flatten(1).norm(dim=1), strict=True))
 
 
 def test_a_free_step_is_that_of_the_weights_with_which_training_begins() -> None:

@@ -13,13 +13,15 @@ from nonexpansive import certify
 from nonexpansive.errors import Refused
 from nonexpansive.math.activation import slopes
 from nonexpansive.nn import GradientFlow
-from nonexpansive.nn.pooled import FLOOR, PACE, PooledRamps
+from nonexpansive.nn.pooled import FLOOR, PACE, PooledRamps, SignedRamps
 
 LEVELS = [None, 0.0, 0.3, 3.0]
 
 
-def scrambled(channels: int = 5, groups: int = 3, ramps: int = 2, scale: float = 1.0) -> PooledRamps:
-    module = PooledRamps(channels, groups, ramps)
+def scrambled(
+    channels: int = 5, groups: int = 3, ramps: int = 2, scale: float = 1.0, kind: type[PooledRamps] = PooledRamps
+) -> PooledRamps:
+    module = kind(channels, groups, ramps)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in module.parameters():
@@ -45,8 +47,27 @@ def test_its_jacobian_is_symmetric_and_in_the_unit_interval(groups: int, scale: 
     assert level == 0 or steepest > 0.5  # the bound is one that is met
 
 
-def test_it_is_the_gradient_of_the_stated_function() -> None:
-    module, level = scrambled(), 0.7
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("groups", "scale"), [(1, 0.3), (3, 0.3), (3, 1.0), (7, 2.0)])
+def test_with_signs_its_jacobian_lies_in_the_stated_interval(groups: int, scale: float, training: bool) -> None:
+    module = scrambled(groups=groups, scale=scale, kind=SignedRamps).train(training)
+    stated, found = slopes(module), []
+    generator = torch.Generator().manual_seed(0)
+    for size in (0.0, 1e-5, 0.01, 0.1, 1.0, 30.0) * 8:
+        z = size * torch.randn(5, generator=generator, dtype=torch.float64)
+        jacobian = torch.func.jacrev(lambda z: module(z[None], 0.7)[0])(z)
+        assert (jacobian - jacobian.T).abs().max() < 1e-12 * scale.__ceil__() * 10
+        found += torch.linalg.eigvalsh(jacobian).tolist()
+    assert stated.low - 1e-12 <= min(found) and max(found) <= stated.high + 1e-12
+    assert (
+        min(found) < 0.1 * stated.low or stated.low == 0
+    )  # near z = 0 all thresholds are above r: the Hessian is the sum of all
+    assert scale < 1 or min(found) < 0
+
+
+@pytest.mark.parametrize("kind", [PooledRamps, SignedRamps])
+def test_it_is_the_gradient_of_the_stated_function(kind: type[PooledRamps]) -> None:
+    module, level = scrambled(kind=kind), 0.7
     w, pool, c = module.tables()
     tau = (PACE * module.log_threshold + nn.functional.softplus(PACE * module.sensitivity) * math.log(level)).exp()
 
@@ -95,9 +116,10 @@ def test_gradients(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("channels", [5, 96])
-def test_it_rounds_as_stated(channels: int, scale: float) -> None:
+@pytest.mark.parametrize("kind", [PooledRamps, SignedRamps])
+def test_it_rounds_as_stated(kind: type[PooledRamps], channels: int, scale: float) -> None:
     assert math.isinf(slopes(PooledRamps(3, 1)).ulps)  # not known before the thresholds are
-    module = copy.deepcopy(scrambled(channels, 3, scale=scale)).float()
+    module = copy.deepcopy(scrambled(channels, 3, scale=scale, kind=kind)).float()
     for level, size in ((None, 1.0), (1e-4, 0.01), (0.03, 1e-3), (10.0, 30.0)):
         t = size * torch.randn(500, channels, generator=torch.Generator().manual_seed(2))
         with torch.no_grad():

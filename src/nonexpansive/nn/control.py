@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput, Refused
+from nonexpansive.math.activation import Slopes, monotone, slopes
 from nonexpansive.math.bounds import norm_bound
 from nonexpansive.math.certificate import split_averaged
 from nonexpansive.math.rounding import down, times
@@ -73,6 +74,10 @@ class NormControl(nn.Module):
         if vector.ndim == 4:
             vector = vector.contiguous(memory_format=torch.channels_last)
         self.vector = (vector / vector.norm()).to(reference.device, reference.dtype)
+
+    def slopes(self, activation: nn.Module) -> Slopes:
+        """Bounds on the slopes of σ, where it suits the control. Raises Refused if it may decrease."""
+        return monotone(activation)
 
     def squared_norm(self, linear: nn.Module, apply: Linear) -> Tensor:
         """An estimate of ‖A‖² from below, differentiable in A: ‖Av‖² at the v of the power iteration, which moves on by one."""
@@ -208,7 +213,8 @@ class Unconstrained(NormControl):
     """One step, always of the size that was the largest safe one when training began (by the estimate then), and free weights.
 
     The ordinary twin of a constrained network: the same function before training, as fast. As the weights outgrow the step, the
-    α of its certificate rises, is lost at 1, and L exceeds 1. The size of the step is a buffer, saved with the weights.
+    α of its certificate rises, is lost at 1, and L exceeds 1. σ may decrease, in which case L exceeds 1 from the start. The size
+    of the step is a buffer, saved with the weights.
     """
 
     size: Tensor
@@ -221,6 +227,9 @@ class Unconstrained(NormControl):
         super().attach(linear, shape)
         self.size = self.size.to(self.vector)
         self._begun = False
+
+    def slopes(self, activation: nn.Module) -> Slopes:
+        return slopes(activation)
 
     def squared_norm(self, linear: nn.Module, apply: Linear) -> Tensor:
         self._begun = self._begun or bool(self.size > 0)  # read from the device until it is so, and never again

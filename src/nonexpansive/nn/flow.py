@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nonexpansive.errors import Refused
+from nonexpansive.math.activation import Slopes, monotone, slopes
 from nonexpansive.math.activation import activation as find_activation
-from nonexpansive.math.activation import monotone
 from nonexpansive.math.bounds import absolute_norm_bound, terms
 from nonexpansive.math.certificate import (
     Certificate,
@@ -33,7 +34,7 @@ from nonexpansive.nn.control import control as find_control
 from nonexpansive.nn.implicit import REFERENCE, Resolvent
 from nonexpansive.nn.linear import Pullback, affine, homogeneous, is_torch, offset_norm, probe_shape
 from nonexpansive.nn.linear import absolute as absolute_affine
-from nonexpansive.nn.pooled import PooledRamps
+from nonexpansive.nn.pooled import PooledRamps, SignedRamps
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
 
@@ -46,7 +47,7 @@ class GradientFlow(nn.Module):
 
     - ``linear``: A and b, any ``torch.nn.Linear`` or ``ConvNd`` (every padding mode, stride, groups, dilation), possibly
       parametrized, or a module of your own that is linear and has a method ``norm_bound(shape) -> float``.
-    - ``activation``: σ, elementwise and non-decreasing, by name or as a module; anything else is refused.
+    - ``activation``: σ, elementwise and non-decreasing, by name or as a module; anything else is refused (unless "unconstrained").
     - ``method``: a Runge-Kutta method by name or a :class:`ButcherTableau`; those with radius 0 are refused.
     - ``control``: how the constraint is kept ("maximal", "capped", "adaptive", "rescale" or a :class:`NormControl`), with ``alpha``
       the wanted averagedness (default 1: non-expansive); "unconstrained": not at all, for comparison.
@@ -84,7 +85,7 @@ class GradientFlow(nn.Module):
         if not any(p.is_meta for p in linear.parameters()):
             self.control.warm_up(linear, homogeneous)
         self.recompute = recompute
-        self._steepest = monotone(self.activation).high
+        self._steepest = self._slopes().high
         """L_σ for training, where reading it from the device at each step would stall."""
         self._step: tuple[float, int] | None = None
         self._stamps: list[_Stamp] = []
@@ -101,9 +102,12 @@ class GradientFlow(nn.Module):
 
     def settle(self) -> tuple[float, int]:
         """``step()``, chosen anew for the weights as they are now."""
-        self._step = self.control.safe_step(sound_norm(self.linear), monotone(self.activation).high, self.tableau)
+        self._step = self.control.safe_step(sound_norm(self.linear), self._slopes().high, self.tableau)
         self._stamps = _stamps(self)
         return self._step
+
+    def _slopes(self) -> Slopes:
+        return self.control.slopes(self.activation)
 
     def _unsettle(self) -> None:
         """Forget the step; in evaluation mode choose it anew at once, if there are weights to choose it for."""
@@ -113,7 +117,7 @@ class GradientFlow(nn.Module):
 
     def train(self, mode: bool = True) -> GradientFlow:
         super().train(mode)
-        self._steepest = monotone(self.activation).high
+        self._steepest = self._slopes().high
         self._unsettle()
         return self
 
@@ -140,7 +144,7 @@ class GradientFlow(nn.Module):
     def project(self) -> None:
         """Bring the weights back to the constraint after an optimiser step, where the control asks for it."""
         norm = float(self.control.squared_norm(self.linear, homogeneous)) ** 0.5
-        factor = self.control.rescaling(norm, monotone(self.activation).high, self.tableau)
+        factor = self.control.rescaling(norm, self._slopes().high, self.tableau)
         if factor < 1:
             self.linear.weight.mul_(factor)  # type: ignore[operator, union-attr]
 
@@ -205,7 +209,7 @@ def project(model: nn.Module) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- certificates
 
-rule(ClippedRamps, LinearSpline, PooledRamps)(elementwise)
+rule(ClippedRamps, LinearSpline, PooledRamps, SignedRamps)(elementwise)
 
 
 @rule(GradientFlow)
@@ -215,10 +219,9 @@ def _flow(flow: GradientFlow, shape: Shape, unit: float) -> Certificate:
             "GradientFlow is in training mode, where its step follows an estimate: call .eval() before certifying"
         )
     require_out_of_place(flow.activation, "which a gradient flow uses again")
-    slope, norm = monotone(flow.activation), sound_norm(flow.linear)
+    slope, norm = flow._slopes(), sound_norm(flow.linear)
     h, n = flow.settle()
-    smoothness = times(times(slope.high, norm), norm)
-    alpha = flow.tableau.averagedness(down(1 / smoothness), h) if smoothness else 0.0
+    alpha = _averagedness(flow, slope, norm, h)
     one = total = _step_enclosure(flow, shape, unit, norm, h)
     for _ in range(n - 1):
         error = one.error.of(total.computed) + total.error * one.norm.slope
@@ -233,9 +236,17 @@ def _flow(flow: GradientFlow, shape: Shape, unit: float) -> Certificate:
         averaged=compose_averaged(*[alpha] * n) if alpha < 1 else None,
         domain=shape,
         codomain=shape,
-        rule=name if alpha <= 1 else f"{name}, too long to be non-expansive",
+        rule=name if alpha <= 1 else f"{name}, not non-expansive: {'σ decreases' if slope.low < 0 else 'too long'}",
         assumptions=(*slope_assumptions(slope, unit), *_stated(flow.linear, norm)),
     )
+
+
+def _averagedness(flow: GradientFlow, slope: Slopes, norm: float, h: float) -> float:
+    """α of one step; above 1 where it is not known to be non-expansive."""
+    if slope.low < 0:
+        return math.inf
+    smoothness = times(times(slope.high, norm), norm)
+    return flow.tableau.averagedness(down(1 / smoothness), h) if smoothness else 0.0
 
 
 def _stated(linear: nn.Module, norm: float) -> tuple[str, ...]:
@@ -274,7 +285,7 @@ def _maps(linear: nn.Module, shape: Shape, norm: float, rounds: bool) -> tuple[L
 def _field(linear: nn.Module, activation: nn.Module, y: _E, shape: Shape, norm: float, h: float) -> _E:
     """hAᵀσ(Ay + b) for y of ``shape``: its size, and how far its computed value may be off."""
     forward, adjoint = _maps(linear, shape, norm, y.unit > 0)
-    s = y.linear(forward).elementwise(monotone(activation), activation)
+    s = y.linear(forward).elementwise(slopes(activation), activation)
     out = s.linear(adjoint) * h
     # h is multiplied into the weights, which may underflow there
     underflow = s.computed * max(forward.terms, adjoint.terms)
@@ -297,16 +308,17 @@ def _step(flow: GradientFlow, x: _E, shape: Shape, norm: float, h: float) -> _E:
 def _step_enclosure(flow: GradientFlow, shape: Shape, unit: float, norm: float, h: float) -> Enclosure:
     """The growth and the error of one step; the slope of its growth is its Lipschitz constant L: ‖T(x)‖ ≤ ‖T(0)‖ + L‖x‖.
 
-    L = 1 for a step that is short enough. For one that is not, L is what the formula gives, a product and sum of the constants of
-    its parts; for Euler's also max(1, hL_σ‖A‖² - 1), as the derivative of I - h∇V lies between I - hL_σ‖A‖² and I.
+    L = 1 for a step that is short enough. For one that is not, or if σ decreases, L is what the formula gives, a product and sum of
+    the constants of its parts; for Euler's also the larger of 1 + hl‖A‖² and hL_σ‖A‖² - 1, with -l ≤ 0 the least slope of σ, as the
+    derivative of I - h∇V lies between I - hL_σ‖A‖² and I + hl‖A‖².
     """
     out = _step(flow, Enclosure.input(unit, entries(shape)), shape, norm, h)
-    smoothness = times(times(monotone(flow.activation).high, norm), norm)
-    L = out.norm.slope
-    if not smoothness or flow.tableau.averagedness(down(1 / smoothness), h) <= 1:
+    slope, L = flow._slopes(), out.norm.slope
+    if _averagedness(flow, slope, norm, h) <= 1:
         L = 1.0
     elif flow.tableau.stages == 1:
-        L = min(L, max(1.0, plus(times(h, smoothness), -1.0)))
+        rises, falls = (times(h, times(times(max(0.0, s), norm), norm)) for s in (-slope.low, slope.high))
+        L = min(L, max(plus(1.0, rises), plus(falls, -1.0)))
     return Enclosure(Affine(L, out.norm.constant), out.error, unit, out.entries)
 
 

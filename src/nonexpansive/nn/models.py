@@ -19,7 +19,7 @@ from nonexpansive.math.rounding import root, times, up
 from nonexpansive.nn.classifier import dense_classifier, flow_classifier, paper_classifier
 from nonexpansive.nn.flow import GradientFlow
 from nonexpansive.nn.ordinary import DnCNN
-from nonexpansive.nn.pooled import PooledRamps
+from nonexpansive.nn.pooled import PooledRamps, SignedRamps
 from nonexpansive.nn.resize import Lifted
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
@@ -32,6 +32,7 @@ REFERENCE_LEVEL = 25 / 255
 _LEVELLED: dict[str, Callable[[int, float], nn.Module]] = {
     "clipped_ramps": lambda channels, size: ClippedRamps(channels, threshold=0.06 * size),
     "pooled_ramps": lambda channels, size: PooledRamps(channels, -(-channels // 3), threshold=0.06 * size),
+    "signed_ramps": lambda channels, size: SignedRamps(channels, -(-channels // 3), threshold=0.06 * size),
     "linear_spline": lambda channels, size: LinearSpline(channels, range=size),
 }
 """Learned activations for so many channels, to begin with on inputs of that relative size."""
@@ -86,7 +87,8 @@ class Denoiser(nn.Module):
     - ``scales``: the flows take turns at these scales: at scale s, a flow unshuffles the state by s once more, and back (PTP* again).
       It then sees patches s times as large. Scales other than 1 need ``hidden="frame"``.
     - ``activation``: "clipped_ramps", "pooled_ramps" or "linear_spline", learned, into whose thresholds σ enters; or any fixed activation
-      by name, for which σ enters by scaling, D(y, σ) = μ⁻¹T(μy) with μ = 25/(255σ).
+      by name, for which σ enters by scaling, D(y, σ) = μ⁻¹T(μy) with μ = 25/(255σ). "signed_ramps", which need not be monotone,
+      go with the control "unconstrained" alone: the ordinary twin of "pooled_ramps".
     - ``method``, ``control``, ``recompute``: as for :class:`GradientFlow`.
     """
 

@@ -55,12 +55,13 @@ class PooledRamps(nn.Module):
         self.sensitivity = nn.Parameter(torch.full((ramps, groups), math.log(math.e - 1) / PACE))  # ψ = 1: τ ∝ level
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """w (C), W (G, C) and c (K, G): softmaxes, moved down by their own rounding error so that no sum exceeds 1."""
-        w, c = (
-            (PACE * table).softmax(0) * (1 - (len(table) + 3) * torch.finfo(table.dtype).eps)
-            for table in (self.shares, self.mixture)
-        )
-        return w[0], w[1:], c
+        """w (C), W (G, C) and c (K, G)."""
+        w = _shares(self.shares)
+        return w[0], w[1:], self.weights()
+
+    def weights(self) -> Tensor:
+        """c (K, G)."""
+        return _shares(self.mixture)
 
     def forward(self, z: Tensor, level: float | Tensor | None = None) -> Tensor:
         """σ(z) at a level given as a number or (B,) tensor, relative to a reference (None: 1). Shape and dtype as z's.
@@ -91,14 +92,13 @@ class PooledRamps(nn.Module):
         and its own; of the thresholds, as in ClippedRamps; of s, K + 2 and of c; of the last sum G + 3 and of W again; 1 for the product.
         """
         bounds = finite(self, Slopes(0.0, 1.0))
-        if self.training:
-            return bounds
+        return bounds if self.training else self._read(bounds)
+
+    def _read(self, bounds: Slopes) -> Slopes:
+        """``bounds`` for the tables as they are."""
         w, pool, c = (table.detach().double() for table in self.tables())
-        within = [up(math.fsum(column)) for column in c.T.tolist()]
-        sums = (
-            math.fsum([own, *(share * sum_c for share, sum_c in zip(column, within, strict=True))])
-            for own, column in zip(w.tolist(), pool.T.tolist(), strict=True)
-        )
+        rises, size = (_largest(w, pool, parts) for parts in (c.clamp(min=0), c.abs()))
+        falls = _largest(torch.zeros_like(w), pool, (-c).clamp(min=0)) if bool((c < 0).any()) else 0.0
         (groups, channels), ramps = pool.shape, len(c)
         theta = PACE * float(self.log_threshold.detach().abs().max())
         psi = float(F.softplus(PACE * self.sensitivity.detach()).max())
@@ -107,7 +107,36 @@ class PooledRamps(nn.Module):
         ulps = (channels + 4 + shares) / 2 + TRANSCENDENTAL  # r
         ulps += argument + TRANSCENDENTAL + ramps + 3 + 3 * ramps + 26  # τ and s
         ulps += groups + 3 + shares + 1
-        return replace(bounds, high=max(1.0, *(up(total) for total in sums)), ulps=1.01 * ulps)
+        return replace(bounds, low=-falls, high=max(1.0, rises), ulps=1.01 * ulps * max(1.0, size))
 
     def extra_repr(self) -> str:
         return f"channels={self.shares.shape[1]}, groups={self.mixture.shape[1]}, ramps={len(self.mixture)}"
+
+
+class SignedRamps(PooledRamps):
+    """:class:`PooledRamps` with free c_ki of any sign, which begin as 1/K: Γ need not be convex, nor σ monotone.
+
+    The Hessian of Γ lies between -diag(Σ_i W_ij Σ_k max(0, -c_ki)) and diag(w_j + Σ_i W_ij Σ_k max(0, c_ki)). What convexity costs is
+    seen by training with it and without; a gradient flow takes it under the control "unconstrained" alone.
+    """
+
+    def weights(self) -> Tensor:
+        return PACE * self.mixture + 1 / len(self.mixture)
+
+    def slope_range(self) -> Slopes:
+        """Of the tables as they are, in training mode too; else as for PooledRamps, rounding in proportion to Σ_i W_ij Σ_k |c_ki|."""
+        return self._read(finite(self, Slopes(0.0, 1.0)))
+
+
+def _shares(logits: Tensor) -> Tensor:
+    """The softmax along the first axis, moved down by its own rounding error so that no sum exceeds 1."""
+    return (PACE * logits).softmax(0) * (1 - (len(logits) + 3) * torch.finfo(logits.dtype).eps)
+
+
+def _largest(own: Tensor, pool: Tensor, parts: Tensor) -> float:
+    """The largest over j of own_j + Σ_i W_ij Σ_k parts_ki, rounded up."""
+    within = [up(math.fsum(column)) for column in parts.T.tolist()]
+    return max(
+        up(math.fsum([first, *(share * whole for share, whole in zip(column, within, strict=True))]))
+        for first, column in zip(own.tolist(), pool.T.tolist(), strict=True)
+    )
