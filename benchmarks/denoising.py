@@ -22,6 +22,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import nonexpansive
+from nonexpansive import Certificate
 from nonexpansive.app.output import write_json
 from nonexpansive.errors import BadInput, NonexpansiveError
 from nonexpansive.nn.models import Denoiser
@@ -98,29 +99,34 @@ def compare(arguments: argparse.Namespace) -> None:
     for channels in sorted({model.channels for model in models.values()}, reverse=True):
         photos = PhotoFolder(arguments.data, channels, select=select, limit=arguments.limit)
         clean, shape = pictures(photos), tuple(photos[0].shape)
-        rows: dict[str, tuple[dict[str, Any], float | None]] = {}
+        rows: dict[str, tuple[dict[str, Any], Certificate | None]] = {}
         kind = {3: "colour", 1: "grey"}[channels]
         known = earlier(arguments.baseline, kind, photos.names)
         rows["total variation"] = (measure(total_variation(channels), clean, arguments.levels, known), None)
         for name, model in models.items():
             if model.channels == channels:
-                alpha = nonexpansive.certify(model, shape).averaged
-                rows[name] = measure(learned(model), clean, arguments.levels, {}), alpha
+                certificate = nonexpansive.certify(model, shape)
+                rows[name] = measure(learned(model), clean, arguments.levels, {}), certificate
         show(f"{kind}, {len(clean)} photographs: PSNR in dB at noise of level /255", arguments.levels, rows)
-        methods = {name: {**measured, "averaged": alpha} for name, (measured, alpha) in rows.items()}
+        methods = {name: {**found, "averaged": proved and proved.averaged} for name, (found, proved) in rows.items()}
         result[kind] = {"photographs": photos.names, "methods": methods}
         if arguments.json:
             write_json(arguments.json, result)
 
 
-def show(title: str, levels: list[float], rows: dict[str, tuple[dict[str, Any], float | None]]) -> None:
+def show(title: str, levels: list[float], rows: dict[str, tuple[dict[str, Any], Certificate | None]]) -> None:
     head = ["method", *(f"{level:g}" for level in levels), "above total variation", "seconds", "α ≤"]
     lines = [head, ["---"] * len(head)]
     baseline = rows["total variation"][0]["psnr"]
-    for name, (measured, alpha) in rows.items():
+    for name, (measured, certificate) in rows.items():
         psnr = measured["psnr"]
-        gain = "" if alpha is None else ", ".join(f"{psnr[level] - baseline[level]:+.2f}" for level in psnr)
-        bound = "1/2 (proximal)" if alpha is None else f"{math.ceil(alpha * 1e4) / 1e4:.4f}"
+        gain = "" if certificate is None else ", ".join(f"{psnr[level] - baseline[level]:+.2f}" for level in psnr)
+        if certificate is None:
+            bound = "1/2 (proximal)"
+        elif certificate.averaged is None:
+            bound = f"none (L ≤ {certificate.lipschitz:.4g})"
+        else:
+            bound = f"{math.ceil(certificate.averaged * 1e4) / 1e4:.4f}"
         lines.append([name, *(f"{value:.2f}" for value in psnr.values()), gain, f"{measured['seconds']:.2f}", bound])
     print(f"\n### {title}\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines), flush=True)
 

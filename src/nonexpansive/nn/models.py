@@ -76,7 +76,7 @@ class Denoiser(nn.Module):
     """An α-averaged denoiser D(y, σ): lift by an isometry, gradient flows, project by its adjoint (Sherry et al. 2024, §5).
 
     ``model(noisy, sigma)``: images (B, C, H, W) in [0, 1], any H and W; σ, the standard deviation of the noise in the same unit, a
-    number or (B,). For every fixed σ ≥ 0 the map y ↦ D(y, σ) is ``alpha``-averaged.
+    number or (B,). For every fixed σ ≥ 0 the map y ↦ D(y, σ) is ``alpha``-averaged (under the control "unconstrained" it need not be).
 
     - ``channels``: 1 (grey) or 3 (colour); ``features``: channels of the flows' state, those above the image's own begin as zeros;
       ``hidden``: outputs of each A, as many as ``features`` unless given; ``blocks``: their number; ``kernel``: their kernel size.

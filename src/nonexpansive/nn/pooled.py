@@ -107,7 +107,7 @@ class PooledRamps(nn.Module):
         ulps = (channels + 4 + shares) / 2 + TRANSCENDENTAL  # r
         ulps += argument + TRANSCENDENTAL + ramps + 3 + 3 * ramps + 26  # τ and s
         ulps += groups + 3 + shares + 1
-        return replace(bounds, low=-falls, high=max(1.0, rises), ulps=1.01 * ulps * max(1.0, size))
+        return replace(bounds, low=0.0 - falls, high=max(1.0, rises), ulps=1.01 * ulps * max(1.0, size))
 
     def extra_repr(self) -> str:
         return f"channels={self.shares.shape[1]}, groups={self.mixture.shape[1]}, ramps={len(self.mixture)}"
