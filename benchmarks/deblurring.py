@@ -139,10 +139,11 @@ def ordinary(model: nn.Module, t: float, steps: int) -> Restoration:
 
 def settings(arguments: argparse.Namespace) -> dict[float, tuple[float, int]]:
     """(t, steps) of the ordinary denoiser at each noise level."""
-    pairs = [setting.split(":") for setting in arguments.settings]
-    if not all(len(pair) == 2 for pair in pairs) or len(pairs) != len(arguments.noise):
-        raise BadInput("--settings are T:STEPS, one for each noise level, such as 0.1:30; --tune finds them")
-    return {noise: (float(t), int(steps)) for noise, (t, steps) in zip(arguments.noise, pairs, strict=True)}
+    try:
+        pairs = [(float(t), int(steps)) for t, steps in (setting.split(":") for setting in arguments.settings)]
+        return dict(zip(arguments.noise, pairs, strict=True))
+    except ValueError:
+        raise BadInput("--settings are T:STEPS, one for each noise level, such as 0.1:30; --tune finds them") from None
 
 
 def methods(arguments: argparse.Namespace) -> list[Method]:
