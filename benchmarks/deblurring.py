@@ -141,6 +141,8 @@ def settings(arguments: argparse.Namespace) -> dict[float, tuple[float, int]]:
     """(t, steps) of the ordinary denoiser at each noise level."""
     try:
         pairs = [(float(t), int(steps)) for t, steps in (setting.split(":") for setting in arguments.settings)]
+        if min(steps for _, steps in pairs) < 1:
+            raise ValueError
         return dict(zip(arguments.noise, pairs, strict=True))
     except ValueError:
         raise BadInput("--settings are T:STEPS, one for each noise level, such as 0.1:30; --tune finds them") from None
