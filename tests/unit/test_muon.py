@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nonexpansive.train.muon import Muon, orthogonalised
+from nonexpansive.train.muon import WIDEST, FourierMuon, Muon, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5), (1, 7)])
@@ -69,3 +69,22 @@ def test_directions_that_a_matrix_does_not_have_stay_small(rank: int) -> None:
     s = torch.linalg.svdvals(orthogonalised(matrix))
     assert s[rank - 1] > 0.5 and s[0] < 1.4 and s[rank] < 0.5
     assert not orthogonalised(torch.zeros(3, 5)).any()
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (5,), (1, 3), (2, 3, 3)])
+@pytest.mark.parametrize("size", [(6, 4), (4, 7)])
+def test_fourier_muon_makes_the_convolution_orthogonal_at_each_frequency(size: tuple, kernel: tuple) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(*size, *kernel, dtype=torch.float64))
+    out = FourierMuon([weight]).direction(weight.detach())
+    assert out.shape == weight.shape and not out.is_complex()
+    symbol = torch.fft.fftn(out, dim=tuple(range(2, out.ndim))).flatten(2).permute(2, 0, 1)
+    s = torch.linalg.svdvals(symbol)
+    assert s.max() < 1.3 and s.quantile(0.1) > 0.5  # a few began too small for five steps
+
+
+def test_fourier_muon_takes_other_weights_as_muon_does() -> None:
+    torch.manual_seed(0)
+    for shape in ((6, 9), (6, 4, 1, 1), (WIDEST + 1, 2, 3, 3)):
+        weight = nn.Parameter(torch.randn(shape))
+        torch.testing.assert_close(FourierMuon([weight]).direction(weight), Muon([weight]).direction(weight))

@@ -270,7 +270,13 @@ def test_averaged_weights_are_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"optimiser": "sgd"}, {"optimiser": "muon"}, {"optimiser": "adamw", "clip": 1.0, "weight_decay": 0.1}]
+    "settings",
+    [
+        {"optimiser": "sgd"},
+        {"optimiser": "muon"},
+        {"optimiser": "fourier_muon"},
+        {"optimiser": "adamw", "clip": 1.0, "weight_decay": 0.1},
+    ],
 )
 def test_optimisers_resume_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
     train(tmp_path / "whole", steps=150, **settings)
@@ -391,7 +397,10 @@ def test_run_from_toml(config_file: Path) -> None:
         ("train.learning_rate=fast", r"train\.learning_rate = 'fast': expected a number"),
         ("train.learning_rate=nan", r"train\.learning_rate = nan: must be positive"),
         ("train.ema=1.0", r"train\.ema = 1\.0: must be in \[0, 1\)"),
-        ("train.optimiser=adan", r"train\.optimiser = 'adan': unknown value.*'adam', 'adamw', 'muon', 'sgd'"),
+        (
+            "train.optimiser=adan",
+            r"train\.optimiser = 'adan': unknown value.*'adam', 'adamw', 'fourier_muon', 'muon', 'sgd'",
+        ),
         ("data.channels=2", r"data\.channels = 2: unknown value.*Accepted: 1, 3"),
         ("data.sigma=[5]", r"data\.sigma = \[5\]: expected a list of 2 numbers"),
         ("data.sigma=[9, 5]", r"data\.sigma = .*must be \[low, high\]"),

@@ -28,9 +28,9 @@ class TrainConfig:
 
     `warmup` is the fraction of `steps` in which the learning rate rises linearly; it then falls to 0, by half a cosine
     (`cosine`) or linearly (`one_cycle`). `momentum` is SGD's and Muon's, and β₁ of Adam; `beta2` is Adam's, which Muon uses
-    for biases and the last layer. `clip` bounds the Euclidean norm of the whole gradient and `ema` is the decay of the
-    averaged weights, which are those validated and exported; 0 turns either off. `batch` counts the samples of one step over
-    all processes.
+    for biases and the last layer. `fourier_muon` is Muon with the updates of convolutions orthogonal at each frequency. `clip`
+    bounds the Euclidean norm of the whole gradient and `ema` is the decay of the averaged weights, which are those validated
+    and exported; 0 turns either off. `batch` counts the samples of one step over all processes.
     """
 
     steps: int = 40_000
@@ -38,7 +38,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "one_cycle"] = "cosine"
     warmup: float = 0.05
-    optimiser: Literal["adam", "adamw", "muon", "sgd"] = "adam"
+    optimiser: Literal["adam", "adamw", "fourier_muon", "muon", "sgd"] = "adam"
     momentum: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0
@@ -61,7 +61,7 @@ class TrainConfig:
         for name in ("weight_decay", "clip", "checkpoint_minutes"):
             _require(0 <= getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "finite, at least 0")
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "in [0, 2⁶³)")
-        decays = self.optimiser != "muon" or self.weight_decay == 0
+        decays = "muon" not in self.optimiser or self.weight_decay == 0
         _require(decays, "train.weight_decay", self.weight_decay, "0 with muon, which keeps the norms of the weights")
 
 

@@ -33,7 +33,7 @@ from nonexpansive.errors import BadCheckpoint, BadInput, NonexpansiveError
 from nonexpansive.nn.flow import project
 from nonexpansive.train.config import Run, TrainConfig, differences
 from nonexpansive.train.data import key, prefetch
-from nonexpansive.train.muon import Muon
+from nonexpansive.train.muon import FourierMuon, Muon
 from nonexpansive.train.tasks import Task
 
 FORMAT = "nonexpansive training checkpoint 1"
@@ -373,11 +373,12 @@ def _optimiser(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimiser == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, **shared)
-    if config.optimiser == "muon":
+    if config.optimiser in ("muon", "fourier_muon"):
         head = set(getattr(model, "head", nn.Module()).parameters())
         matrices = [p for p in parameters if p.ndim > 1 and p not in head]
         others = [p for p in parameters if p.ndim <= 1 or p in head]
-        return Muon(matrices, others, lr=config.learning_rate, momentum=config.momentum, beta2=config.beta2)
+        method = Muon if config.optimiser == "muon" else FourierMuon
+        return method(matrices, others, lr=config.learning_rate, momentum=config.momentum, beta2=config.beta2)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimiser]
     return kind(parameters, betas=(config.momentum, config.beta2), **shared)
 

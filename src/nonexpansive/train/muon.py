@@ -3,6 +3,9 @@
 PyTorch has it for parameters of two axes alone; here a convolution's weight counts as the matrix (outputs, inputs·k²). A flow of
 the maximal step is the same for every multiple of its weights, so what matters is the *relative* change of a matrix: that is
 what ``lr`` sets.
+
+``FourierMuon`` takes a convolution for what it is, one matrix (outputs, inputs) at each frequency: its operator norm is the largest
+of theirs, and the steepest descent in that norm makes each of them orthogonal.
 """
 
 from __future__ import annotations
@@ -14,6 +17,10 @@ from torch import Tensor, nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """p(s) = as + bs³ + cs⁵ takes all s in (0, 1] near 1 when applied five times; the coefficients are those of Jordan et al."""
+
+
+WIDEST = 128
+"""FourierMuon takes kernels of more outputs or inputs for one matrix: its cost grows with their cube at each frequency."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -54,10 +61,32 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(_adam(average, p.grad, state, group), alpha=rate / 10)
                     continue
                 ahead = p.grad.lerp(average, beta)  # Nesterov's momentum
-                direction = orthogonalised(ahead.flatten(1)).view(ahead.shape)
+                direction = self.direction(ahead)
                 size, tiny = p.norm(), torch.finfo(p.dtype).tiny
                 p.sub_(direction * (rate * size / direction.norm().clamp_min(tiny)))
                 p.mul_(size / p.norm().clamp_min(tiny))
+
+    def direction(self, momentum: Tensor) -> Tensor:
+        """O."""
+        return orthogonalised(momentum.flatten(1)).view(momentum.shape)
+
+
+class FourierMuon(Muon):
+    """Muon with O orthogonal at each frequency of the discrete Fourier transform over a kernel's own k^d taps.
+
+    The circular convolution by O of images as large as the kernel has all its singular values near 1. Weights of two axes, kernels of
+    one tap and those wider than ``WIDEST`` go as in Muon.
+    """
+
+    def direction(self, momentum: Tensor) -> Tensor:
+        taps = momentum.shape[2:]
+        if taps.numel() == 1 or max(momentum.shape[:2]) > WIDEST:
+            return super().direction(momentum)
+        axes = tuple(range(-len(taps), 0))
+        symbol = torch.fft.rfftn(momentum, dim=axes)
+        matrices = orthogonalised_spectrum(symbol.flatten(2).permute(2, 0, 1).contiguous())
+        symbol = matrices.permute(1, 2, 0).reshape(symbol.shape)
+        return torch.fft.irfftn(symbol, s=taps, dim=axes)
 
 
 def _adam(average: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, float]) -> Tensor:
@@ -76,8 +105,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     """
     a, b, c = QUINTIC
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    x = _normalised(matrix.T if tall else matrix)
     gram, product = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(5):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
@@ -85,3 +113,19 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         product, gram = factor @ product, factor @ gram @ factor
     x = (product.bfloat16() @ x.bfloat16()).to(matrix.dtype)
     return x.T if tall else x
+
+
+def orthogonalised_spectrum(matrices: Tensor) -> Tensor:
+    """The same for each of the complex matrices (F, m, n). They are about square, so that X itself is followed in fewer products."""
+    a, b, c = QUINTIC
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = _normalised(matrices.mH if tall else matrices)
+    for _ in range(5):
+        gram = x @ x.mH
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mH if tall else x
+
+
+def _normalised(matrices: Tensor) -> Tensor:
+    norms = torch.linalg.matrix_norm(matrices, keepdim=True)
+    return matrices / norms.clamp_min(torch.finfo(matrices.dtype).tiny)
