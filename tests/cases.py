@@ -28,6 +28,7 @@ from nonexpansive.nn import (
     Residual,
     Resolvent,
     Scale,
+    WeaklyConvexRamps,
 )
 from nonexpansive.nn.classifier import (
     Centre,
@@ -37,7 +38,7 @@ from nonexpansive.nn.classifier import (
     flow_classifier,
     paper_classifier,
 )
-from nonexpansive.nn.models import Denoiser
+from nonexpansive.nn.models import Denoiser, ProximalDenoiser
 from nonexpansive.restore.likelihood import Poisson
 from nonexpansive.restore.primal_dual import DualOfData, PrimalDual
 from nonexpansive.restore.schemes import Halpern, KrasnoselskiiMann
@@ -365,6 +366,10 @@ _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
     ("Residual", lambda: Residual(nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv1d(3, 2, 1))), (2, 5), True),
     ("Resolvent", lambda: Resolvent(nn.Linear(3, 4), "tanh", 2.0, 1e-4), (3,), True),
     ("Resolvent of a convolution", lambda: Resolvent(nn.Conv2d(2, 2, 3, padding=1), "relu", 0.7, 1e-5), (2, 3, 3), True),
+    ("Resolvent, weakly convex", lambda: Resolvent(nn.Linear(3, 4), WeaklyConvexRamps(4, 2), 1.0, 1e-4, True), (3,), True),
+    ("Resolvent, relative step", lambda: Resolvent(nn.Conv1d(2, 3, 3, padding=1), "tanh", 3.0, 1e-4, True), (2, 5), True),
+    ("proximal denoiser", lambda: AtLevel(ProximalDenoiser(1, 2, 1, tolerance=1e-4), 0.1), (1, 5, 3), True),
+    ("proximal denoiser, rescaled", lambda: Rescaled(AtLevel(ProximalDenoiser(3, 1, 3, modulus=0.5), 0.2), 0.5), (3, 4, 3), True),
     ("denoiser", lambda: AtLevel(denoiser(), 0.1), (1, 5, 3), True),
     ("denoiser, nearly no noise", lambda: AtLevel(denoiser(), 1e-5), (1, 4, 4), True),
     ("denoiser, colour", lambda: AtLevel(denoiser(3), 0.05), (3, 3, 4), True),
@@ -422,6 +427,8 @@ _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
     ("forward-backward", lambda: ForwardBackward(
         _step(_IMAGE, GradientStep, 1.2)(), AtLevel(denoiser(), 0.1), Box()), _IMAGE, False),
     ("half-quadratic", lambda: HalfQuadratic(AtLevel(denoiser(), 0.1), _step(_IMAGE, ProximalStep, 3.0)()), _IMAGE, False),
+    ("half-quadratic, proximal", lambda: HalfQuadratic(
+        _step(_IMAGE, ProximalStep, 3.0)(), AtLevel(ProximalDenoiser(1, 2, 1), 0.1)), _IMAGE, False),
     ("Douglas-Rachford", lambda: DouglasRachford(
         AtLevel(denoiser(alpha=0.5), 0.1), _step(_IMAGE, ProximalStep, 3.0)()), _IMAGE, False),  # type: ignore[arg-type]
     ("Douglas-Rachford with a box", lambda: DouglasRachford(

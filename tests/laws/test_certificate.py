@@ -47,6 +47,25 @@ def test_no_pair_of_points_violates_the_bounds(case: Case) -> None:
 
 
 @every
+def test_a_proximal_map_is_the_gradient_of_a_convex_function(case: Case) -> None:
+    """Its Jacobian is symmetric, with eigenvalues in [0, L]; whatever is certified as one, is one."""
+    module = case.build()
+    certificate = certify(module, case.shape)
+    if not certificate.proximal:
+        assert "proximal" not in case.name or "half-quadratic" in case.name
+        return
+    module = exact(module)
+    for size in (0.01, 0.3, 3.0):
+        x = (size * torch.randn(1, *case.shape, dtype=torch.float64)).requires_grad_()
+        y = module(x).flatten()
+        rows = [torch.autograd.grad(y[i], x, retain_graph=True)[0].flatten() for i in range(len(y))]
+        jacobian = torch.stack(rows)
+        assert (jacobian - jacobian.T).abs().max() < 1e-7
+        eigenvalues = torch.linalg.eigvalsh((jacobian + jacobian.T) / 2)
+        assert eigenvalues[0] > -1e-7 and eigenvalues[-1] <= certificate.lipschitz * (1 + SLACK) + 1e-7
+
+
+@every
 def test_growth_bounds_the_size_of_the_output(case: Case) -> None:
     module = case.build()
     certificate = certify(module, case.shape)
@@ -117,7 +136,8 @@ def test_a_certificate_is_plain_json_and_prints_bounds(case: Case) -> None:
     printed = [line for line in str(certificate).splitlines() if "L ≤" in line]
     for line, (depth, part) in zip(printed, certificate.walk(), strict=True):
         assert line.startswith("  " * depth)
-        numbers = line.rpartition("]  L ≤ ")[2].split()
+        assert line.endswith("  prox") == part.proximal
+        numbers = line.rpartition("]  L ≤ ")[2].removesuffix("  prox").split()
         assert float(numbers[0]) >= part.lipschitz
         assert (part.averaged is None) == (len(numbers) == 1)
         if part.averaged is not None:

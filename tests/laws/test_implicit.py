@@ -12,9 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nonexpansive import certify
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.tableau import tableau
+from nonexpansive.nn.control import sound_norm
 from nonexpansive.nn.implicit import Resolvent
+from nonexpansive.nn.linear import homogeneous
+from nonexpansive.nn.pooled import WeaklyConvexRamps
 from nonexpansive.nn.spline import ClippedRamps
 
 CASES = [
@@ -107,6 +111,84 @@ def test_gradients(case: int, mode: bool, activation: str) -> None:
     assert torch.autograd.gradcheck(run, (sample(shape, 2).requires_grad_(), *resolvent.parameters()), fast_mode=True)
 
 
+def weakly_convex(case: int, tolerance: float = 1e-11, modulus: float = 0.9) -> tuple[Resolvent, tuple[int, ...]]:
+    torch.manual_seed(case)
+    make, shape = CASES[case]
+    linear = make()
+    channels = linear(torch.zeros(1, *shape)).shape[1]
+    ramps = WeaklyConvexRamps(channels, 2, modulus=modulus)
+    with torch.no_grad():
+        for p in ramps.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+        ramps.falls[1:].add_(1.0)
+        ramps.mixture.sub_(0.5)
+    return Resolvent(linear, ramps, 1.0, tolerance, relative=True).double().eval(), shape
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_of_a_weakly_convex_function_it_solves_its_equation_and_is_as_lipschitz_as_stated(case: int) -> None:
+    resolvent, shape = weakly_convex(case)
+    h = resolvent.length(sound_norm(resolvent.linear))
+    certificate = certify(resolvent, shape)
+    assert (
+        certificate.lipschitz == pytest.approx(10, rel=1e-3) and certificate.averaged is None and certificate.proximal
+    )
+    x = 0.3 * sample(shape, 8)
+    with torch.no_grad():
+        z = resolvent(x)
+        assert (norms(z + h * gradient(resolvent, z) - x) <= 1e-11).all()
+        for size in (1e-3, 0.1, 1.0):  # a point elsewhere has a larger objective: by (m/2)‖d‖² at least
+            d = size * sample(shape, 8, 1)
+            value = [(u - x).square().flatten(1).sum(1) / 2 + resolvent.potential(u) for u in (z, z + d)]
+            assert (value[1] >= value[0] + 0.049 * norms(d) ** 2 - 1e-9).all()
+    loose, _ = weakly_convex(case, 1e-3)
+    assert (
+        norms(loose(x) - z) <= 1e-3 * norms(x).clamp_min(1) + 1e-9
+    ).all()  # in units of the result, not of the residual
+    # gradient ascent on the ratio, and ⟨Tx - Ty, x - y⟩ ≥ ‖Tx - Ty‖²/L
+    x, d = 0.3 * sample(shape, 6, 2), (1e-3 * sample(shape, 6, 3)).requires_grad_()
+    x.requires_grad_()
+    optimiser = torch.optim.Adam([x, d], lr=0.01, maximize=True)
+    for _ in range(25):
+        moved = resolvent(x + d) - resolvent(x)
+        ratio = norms(moved) / norms(d)
+        assert (ratio <= certificate.lipschitz + 1e-6).all()
+        assert ((moved * d).flatten(1).sum(1) >= norms(moved) ** 2 / certificate.lipschitz - 1e-9).all()
+        optimiser.zero_grad()
+        ratio.sum().backward()
+        optimiser.step()
+    assert ratio.max() > 1.01  # it does expand
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("case", [0, 3])
+def test_gradients_through_an_activation_that_couples_channels(case: int, mode: bool) -> None:
+    resolvent, shape = weakly_convex(case, 1e-12)
+    resolvent.train(mode)
+    names = [name for name, _ in resolvent.named_parameters()]
+    vector = resolvent.estimate.vector.clone()  # type: ignore[union-attr]
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        with torch.no_grad():
+            resolvent.estimate.vector.copy_(vector)  # type: ignore[union-attr]  # the estimate moves on at each call
+        return torch.func.functional_call(resolvent, dict(zip(names, values, strict=True)), (x, 0.7))
+
+    inputs = (0.3 * sample(shape, 2)).requires_grad_(), *resolvent.parameters()
+    if mode:  # the derivative of the estimate is that at fixed v: right where v is a singular vector
+        with torch.no_grad():
+            for _ in range(300):
+                resolvent.estimate.squared_norm(resolvent.linear, homogeneous)  # type: ignore[union-attr]
+            vector.copy_(resolvent.estimate.vector)  # type: ignore[union-attr]
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True, atol=1e-5)
+    else:  # h follows a bound that is no function to differentiate: x alone, and σ's parameters
+        weight = [p.detach() for p in resolvent.linear.parameters()]
+        assert torch.autograd.gradcheck(
+            lambda x, *values: run(x, *weight, *values),
+            (inputs[0], *list(resolvent.activation.parameters())),
+            fast_mode=True,
+        )
+
+
 def test_memory_does_not_grow_with_the_iterations() -> None:
     saved = []
     for step in (0.1, 100.0):
@@ -162,8 +244,16 @@ def test_learned_activation_with_a_level() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(Refused, match="GELU"):
-        Resolvent(nn.Linear(2, 2), nn.GELU())
+    torch.manual_seed(0)
+    with pytest.raises(Refused, match=r"GELU.*below 1"):
+        Resolvent(nn.Linear(2, 2), nn.GELU(), 100.0)
+    assert (
+        Resolvent(nn.Linear(2, 2), nn.GELU(), 5.0, relative=True).curvature(1.0)[0] > 0.3
+    )  # its slopes are above -0.13
+    with pytest.raises(Refused, match=r"GELU.*relative"):
+        Resolvent(nn.Linear(2, 2), nn.GELU(), 10.0, relative=True)
+    with pytest.raises(Refused, match="training mode"):
+        certify(Resolvent(nn.Linear(2, 2), "relu", relative=True).train(), (2,))
     for step, tolerance in [(0.0, 1e-5), (-1.0, 1e-5), (math.inf, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)]:
         with pytest.raises(BadInput, match="step"):
             Resolvent(nn.Linear(2, 2), "relu", step, tolerance)

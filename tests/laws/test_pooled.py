@@ -13,7 +13,7 @@ from nonexpansive import certify
 from nonexpansive.errors import Refused
 from nonexpansive.math.activation import slopes
 from nonexpansive.nn import GradientFlow
-from nonexpansive.nn.pooled import FLOOR, PACE, PooledRamps, SignedRamps
+from nonexpansive.nn.pooled import FLOOR, PACE, PooledRamps, SignedRamps, WeaklyConvexRamps
 
 LEVELS = [None, 0.0, 0.3, 3.0]
 
@@ -65,7 +65,7 @@ def test_with_signs_its_jacobian_lies_in_the_stated_interval(groups: int, scale:
     assert scale < 1 or min(found) < 0
 
 
-@pytest.mark.parametrize("kind", [PooledRamps, SignedRamps])
+@pytest.mark.parametrize("kind", [PooledRamps, SignedRamps, WeaklyConvexRamps])
 def test_the_slopes_stated_of_float32_tables_hold_of_the_exact_function(kind: type[PooledRamps]) -> None:
     for scale in [0.03 * k for k in range(1, 12)]:
         module = scrambled(scale=scale, kind=kind).float()
@@ -76,7 +76,7 @@ def test_the_slopes_stated_of_float32_tables_hold_of_the_exact_function(kind: ty
         assert stated.low <= jacobian.diagonal().min() and jacobian.diagonal().max() <= stated.high
 
 
-@pytest.mark.parametrize("kind", [PooledRamps, SignedRamps])
+@pytest.mark.parametrize("kind", [PooledRamps, SignedRamps, WeaklyConvexRamps])
 def test_it_is_the_gradient_of_the_stated_function(kind: type[PooledRamps]) -> None:
     module, level = scrambled(kind=kind), 0.7
     w, pool, c = module.tables()
@@ -89,6 +89,37 @@ def test_it_is_the_gradient_of_the_stated_function(kind: type[PooledRamps]) -> N
 
     z = 0.3 * torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(module(z[None], level)[0], torch.func.grad(potential)(z))
+    own = torch.func.grad(lambda z: module.potential(z[None], level)[0])(z)
+    torch.testing.assert_close(module(z[None], level)[0], own)
+
+
+@pytest.mark.parametrize("modulus", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0])
+def test_weak_convexity_holds_whatever_the_parameters(modulus: float, scale: float) -> None:
+    torch.manual_seed(0)
+    met = 0.0
+    for seed in range(8):
+        module = WeaklyConvexRamps(5, 3, modulus=modulus)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.add_(scale * torch.randn(p.shape))
+            module.mixture.sub_(3.0)  # hardly any rise: what falls is seen
+            module.falls[seed % 4].add_(3.0)
+        module, found = module.double().eval(), []
+        stated = slopes(module)
+        assert -modulus * (1 + 1e-6) <= stated.low <= -modulus
+        for size in (0.0, 1e-5, 0.01, 0.1, 1.0, 30.0) * 2:
+            jacobian = torch.func.jacrev(lambda z, m=module: m(z[None], 0.7)[0])(size * torch.randn(5).double())
+            found += torch.linalg.eigvalsh(jacobian).tolist()
+        assert stated.low - 1e-12 <= min(found) and max(found) <= stated.high + 1e-12
+        met = min(met, min(found))
+    assert met <= -0.5 * modulus  # the bound is one that is nearly met
+
+
+def test_a_modulus_that_is_not_below_1_is_an_error() -> None:
+    for modulus in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="modulus"):
+            WeaklyConvexRamps(4, 2, modulus=modulus)
 
 
 def test_a_group_of_one_channel_clips() -> None:
@@ -127,7 +158,7 @@ def test_gradients(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("channels", [5, 96])
-@pytest.mark.parametrize("kind", [PooledRamps, SignedRamps])
+@pytest.mark.parametrize("kind", [PooledRamps, SignedRamps, WeaklyConvexRamps])
 def test_it_rounds_as_stated(kind: type[PooledRamps], channels: int, scale: float) -> None:
     assert math.isinf(slopes(PooledRamps(3, 1)).ulps)  # not known before the thresholds are
     module = copy.deepcopy(scrambled(channels, 3, scale=scale, kind=kind)).float()

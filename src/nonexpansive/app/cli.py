@@ -173,7 +173,7 @@ def denoise(
     figure: Figure = None,
     json_file: Json = None,
 ) -> None:
-    """Denoise a photograph with a certified averaged denoiser."""
+    """Denoise a photograph with a certified denoiser."""
     began = time.perf_counter()
     check_outputs(photo, output, figure, json_file)
     sigma = noise_level(noise)

@@ -10,6 +10,8 @@ The algebra (Combettes & Yamada 2015, Prop. 2.5; Bauschke & Combettes, *Convex A
 - Averaged maps: with a = α/(1-α), a(S∘T) = a(S) + a(T), and α = a/(1+a). The identity has α = 0.
 - L-Lipschitz with L < 1 is (1+L)/2-averaged.
 - Relaxation (1-t)I + tT has α' = tα; with a T that is merely non-expansive, and t < 1, it is t-averaged.
+- T is the proximal map of a (1 - 1/L)-weakly convex function if and only if it is the gradient of a convex, L-smooth one (Moreau 1965;
+  Gribonval & Nikolova 2020, arXiv:1904.03880). Hence so is PTP* for ‖P‖ ≤ 1, of φ∘P*; so are its translations; compositions need not be.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Certificate:
 
     - ``lipschitz``: L with ‖T(x)-T(y)‖ ≤ L‖x-y‖ for all x, y, in the Euclidean norm over all entries of one sample.
     - ``averaged``: α in [0, 1) with ‖Tx-Ty‖² ≤ ‖x-y‖² - ((1-α)/α)‖(I-T)x-(I-T)y‖² (α = 0: T is a translation), or None.
+    - ``proximal``: whether T is the proximal map of a function that is (1 - 1/L)-weakly convex (convex if L ≤ 1).
     - ``domain``, ``codomain``: the shapes of input and output.
     - ``growth``: ‖T(x)‖ ≤ growth(‖x‖).
     - ``error``: the program's output is within error(‖x‖) of T(x), rounding (where asked for) and solver tolerances included.
@@ -55,6 +58,7 @@ class Certificate:
     assumptions: tuple[str, ...] = ()
     parts: tuple[Certificate, ...] = ()
     arithmetic: str = "exact"
+    proximal: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lipschitz) and self.lipschitz >= 0):
@@ -112,6 +116,7 @@ class Certificate:
         lines = []
         for depth, part in self.walk():
             alpha = "" if part.averaged is None else f"  α ≤ {above(part.averaged)}"
+            alpha += "  prox" if part.proximal else ""
             shapes = _shape(part.domain) + (f" → {_shape(part.codomain)}" if part.domain != part.codomain else "")
             lines.append(f"{'  ' * depth}{part.rule}  [{shapes}]  L ≤ {above(part.lipschitz)}{alpha}")
         if self.arithmetic != "exact" or self.error != Affine():
@@ -126,6 +131,7 @@ class Certificate:
             "lipschitz": self.lipschitz,
             "averaged": self.averaged,
             "nonexpansive": self.nonexpansive,
+            "proximal": self.proximal,
             "domain": list(self.domain),
             "codomain": list(self.codomain),
             "rule": self.rule,

@@ -3,7 +3,7 @@
 from nonexpansive.nn.control import AdaptiveSteps, CappedStep, MaximalStep, NormControl, Rescale, Unconstrained
 from nonexpansive.nn.flow import GradientFlow, project
 from nonexpansive.nn.implicit import Resolvent
-from nonexpansive.nn.pooled import PooledRamps, SignedRamps
+from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
 from nonexpansive.nn.resize import Lifted, Relaxed, Residual, Scale
 from nonexpansive.nn.sort import GroupSort, MaxMin
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
@@ -27,5 +27,6 @@ __all__ = [
     "Scale",
     "SignedRamps",
     "Unconstrained",
+    "WeaklyConvexRamps",
     "project",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nonexpansive.errors import Refused
-from nonexpansive.math.activation import Slopes, monotone, slopes
+from nonexpansive.math.activation import Slopes, slopes
 from nonexpansive.math.activation import activation as find_activation
 from nonexpansive.math.bounds import absolute_norm_bound, terms
 from nonexpansive.math.certificate import (
@@ -34,7 +35,7 @@ from nonexpansive.nn.control import control as find_control
 from nonexpansive.nn.implicit import REFERENCE, Resolvent
 from nonexpansive.nn.linear import Pullback, affine, homogeneous, is_torch, offset_norm, probe_shape
 from nonexpansive.nn.linear import absolute as absolute_affine
-from nonexpansive.nn.pooled import PooledRamps, SignedRamps
+from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
 
@@ -209,7 +210,7 @@ def project(model: nn.Module) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- certificates
 
-rule(ClippedRamps, LinearSpline, PooledRamps, SignedRamps)(elementwise)
+rule(ClippedRamps, LinearSpline, PooledRamps, SignedRamps, WeaklyConvexRamps)(elementwise)
 
 
 @rule(GradientFlow)
@@ -348,35 +349,44 @@ def observe(flow: GradientFlow, x: Tensor, unit: float) -> tuple[Tensor, Tensor]
 
 @rule(Resolvent)
 def _resolvent(module: Resolvent, shape: Shape, unit: float) -> Certificate:
-    """1/(2 + 2ν/h)-averaged. The solver returns y with a computed residual r = y + h∇V(y) - x of ‖r‖ ≤ tolerance·max(‖x‖, 1),
-    so that its distance from the solution is at most ‖r‖ and the rounding of r, as I + h∇V is 1-strongly monotone."""
+    """The proximal map of hV, as every σ that has slopes here is a gradient. 1/(2 + 2ν/h)-averaged if V is convex, else
+    1/m-Lipschitz, as I + h∇V is m-strongly monotone. The solver returns y with a computed residual r = y + h∇V(y) - x of
+    ‖r‖ ≤ m·tolerance·max(‖x‖, 1), so that its distance from the solution is at most 1/m times ‖r‖ and the rounding of r."""
+    if module.training and module.estimate is not None:
+        raise Refused(
+            "Resolvent is in training mode, where its step follows an estimate: call .eval() before certifying"
+        )
     require_out_of_place(module.activation, "which the resolvent uses again")
-    slope, norm = monotone(module.activation), sound_norm(module.linear)
+    slope, norm = slopes(module.activation), sound_norm(module.linear)
+    (m, _), h = module.curvature(norm), module.length(norm)
+    inverse, convex = up(1 / m), slope.low >= 0
     smoothness = times(times(slope.high, norm), norm)
-    alpha = up(1 / (2 + 2 * down(down(1 / smoothness) / module.step))) if smoothness else 0.0
-    exact = _field(module.linear, module.activation, Enclosure.input(0.0, entries(shape)), shape, norm, module.step)
-    growth = Affine(1.0, exact.norm.constant)  # ‖T(0)‖ ≤ ‖h∇V(0)‖
+    alpha = up(1 / (2 + 2 * down(down(1 / smoothness) / h))) if smoothness else 0.0
+    exact = _field(module.linear, module.activation, Enclosure.input(0.0, entries(shape)), shape, norm, h)
+    growth = Affine(inverse, times(inverse, exact.norm.constant))  # ‖T(0)‖ ≤ ‖h∇V(0)‖/m
     error = Affine(module.tolerance, times(module.tolerance, REFERENCE))
     if unit:
-        # e(‖y‖) bounds the rounding of r; with ‖y‖ ≤ growth + error it gives error·(1 - e.slope) ≤ tolerance + e(growth)
+        # e(‖y‖) bounds 1/m times the rounding of r; with ‖y‖ ≤ growth + error it gives error·(1 - e.slope) ≤ tolerance + e(growth)
         y = Enclosure.input(unit, entries(shape))
-        g = _field(module.linear, module.activation, y, shape, norm, module.step)
-        e = g.rounded(Affine(2.0) + g.computed, 3).error
+        g = _field(module.linear, module.activation, y, shape, norm, h)
+        e = g.rounded(Affine(2.0) + g.computed, 3).error * inverse
         if not e.slope < 0.5:
             raise Refused(
                 "the rounding of the resolvent's residual is not bounded well enough: ask for exact arithmetic"
             )
-        x_rounding = Affine(times(6, unit), 0.0)
+        x_rounding = Affine(times(times(6, unit), inverse), 0.0)
         error = (error * 1.000001 + e.of(growth) + x_rounding) * up(1 / (1 - e.slope))
-    return from_enclosure(
+    certificate = from_enclosure(
         Enclosure(growth, error, unit, entries(shape)),
-        lipschitz=1.0,
-        averaged=alpha,
+        lipschitz=inverse,
+        averaged=alpha if convex else None,
         domain=shape,
         codomain=shape,
         rule=(
-            f"Resolvent (implicit Euler), h = {module.step:g}, ‖A‖ ≤ {above(norm)}, "
+            f"Resolvent (implicit Euler), h = {h:.6g}, ‖A‖ ≤ {above(norm)}, "
             f"slopes of σ in [{below(slope.low)}, {above(slope.high)}]"
+            + ("" if convex else f", V weakly convex, m ≥ {below(m)}")
         ),
         assumptions=(*slope_assumptions(slope, unit), *_stated(module.linear, norm)),
     )
+    return replace(certificate, proximal=True)

@@ -1,4 +1,4 @@
-"""Implicit Euler on the gradient flow: the resolvent, firmly non-expansive for every step size."""
+"""Implicit Euler on the gradient flow: the resolvent, or proximal map, firmly non-expansive for every step size if V is convex."""
 
 from __future__ import annotations
 
@@ -10,37 +10,48 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nonexpansive.errors import BadInput, Diverging
+from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.activation import activation as find_activation
-from nonexpansive.math.activation import monotone
-from nonexpansive.nn.control import sound_norm
-from nonexpansive.nn.linear import affine, homogeneous
+from nonexpansive.math.activation import slopes
+from nonexpansive.math.rounding import above, down, times, up
+from nonexpansive.nn.control import NormControl, sound_norm
+from nonexpansive.nn.linear import affine, homogeneous, probe_shape
 
 REFERENCE = 1.0
 """The tolerance is relative to ‖x‖, or to this norm where x is smaller: at x = 0 nothing could meet a relative one."""
 
 
 class Resolvent(nn.Module):
-    """z = (I + h∇V)⁻¹(x), the solution of z + hAᵀσ(Az + b) = x, which is argmin_z ½‖z - x‖² + hV(z).
+    """z = (I + h∇V)⁻¹(x), the solution of z + hAᵀσ(Az + b) = x, which is argmin_z ½‖z - x‖² + hV(z): the proximal map of hV.
 
-    V(z) = 1ᵀγ(Az + b), γ' = σ, is convex, so z is firmly non-expansive in x for every h > 0; more precisely
-    1/(2 + 2ν/h)-averaged with ν = 1/(L_σ‖A‖²). Maps (B, *shape) to (B, *shape).
+    V(z) = 1ᵀγ(Az + b), γ' = σ. Maps (B, *shape) to (B, *shape).
 
-    F(z) = z + h∇V(z) - x is 1-strongly monotone, hence the error of any z is at most ‖F(z)‖: the solver stops, sample
-    by sample, once ‖F(z)‖ ≤ ``tolerance``·max(‖x‖, 1), so the result deviates from the exact resolvent by no more
-    than that (plus the rounding of one evaluation of F). The gradient is that of the exact solution, by the implicit
-    function theorem: conjugate gradients on I + hAᵀDA, D = σ'(Az + b), to the same tolerance; its memory does not
-    depend on the iterations.
+    - σ that nowhere decreases makes V convex: z is firmly non-expansive in x for every h > 0; more precisely
+      1/(2 + 2ν/h)-averaged with ν = 1/(L_σ‖A‖²).
+    - σ with slopes from -l makes V weakly convex. As long as μ = hl‖A‖² < 1 the minimiser is unique all the same, and 1/(1 - μ)-
+      Lipschitz in x. It is not averaged, but what it is, the proximal map of a function that does not depend on x, makes
+      Plug-and-Play descend on an objective (:class:`nonexpansive.restore.Descent`).
 
-    ``linear`` and ``activation``: A, b and σ, as for ``GradientFlow``; ``step``: h.
+    F(z) = z + h∇V(z) - x is m-strongly monotone, m = 1 - μ, hence the error of any z is at most ‖F(z)‖/m: the solver stops, sample by
+    sample, once ‖F(z)‖ ≤ m·``tolerance``·max(‖x‖, 1), so the result deviates from the exact resolvent by no more than
+    ``tolerance``·max(‖x‖, 1) (plus 1/m of the rounding of one evaluation of F). The gradient is that of the exact solution, by the
+    implicit function theorem: conjugate gradients on I + h∇²V, symmetric and at least m, to the same relative tolerance; its
+    memory does not depend on the iterations.
 
-    Raises Refused if σ may decrease or the norm of A is not known, BadInput for a step or tolerance out of range or
-    an input that is not finite, Diverging if the solver misses the tolerance within the iterations that suffice in
-    theory.
+    ``linear`` and ``activation``: A, b and σ, as for ``GradientFlow``, σ a gradient; ``step``: h. With ``relative``, h is
+    ``step``/‖A‖² instead, for a bound on ‖A‖ (in training mode an estimate): μ = ``step``·l whatever the weights become.
+
+    Raises Refused if μ is not below 1 or the norm of A is not known, BadInput for a step or tolerance out of range or an input that is
+    not finite, Diverging if the solver misses the tolerance within the iterations that suffice in theory.
     """
 
     def __init__(
-        self, linear: nn.Module, activation: str | nn.Module = "relu", step: float = 1.0, tolerance: float = 1e-5
+        self,
+        linear: nn.Module,
+        activation: str | nn.Module = "relu",
+        step: float = 1.0,
+        tolerance: float = 1e-5,
+        relative: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < step < math.inf or not 0 < tolerance < 1:
@@ -49,12 +60,36 @@ class Resolvent(nn.Module):
         self.activation = find_activation(activation)
         self.step = float(step)
         self.tolerance = float(tolerance)
-        monotone(self.activation)
-        sound_norm(linear)
+        self.estimate = NormControl() if relative else None
+        self.curvature(sound_norm(linear))
+        if self.estimate is not None:
+            self.estimate.attach(linear, probe_shape(linear))
+            self.estimate.warm_up(linear, homogeneous)
 
     def deviation(self, norm: float) -> float:
         """The largest distance of the result from the exact resolvent of an input of that norm, in exact arithmetic."""
         return self.tolerance * max(norm, REFERENCE)
+
+    def potential(self, z: Tensor, *level: Tensor | float) -> Tensor:
+        """hV(z) of each sample, (B,), in float64, up to a constant, for a σ that has a ``potential``; in evaluation mode."""
+        value = self.activation.potential(affine(self.linear, z)[0], *level)  # type: ignore[operator]
+        return self.length(sound_norm(self.linear)) * value
+
+    def length(self, norm: float) -> float:
+        """h, for ‖A‖ ≤ ``norm``."""
+        return self.step if self.estimate is None else down(self.step / times(norm, norm))
+
+    def curvature(self, norm: float) -> tuple[float, float]:
+        """(m, κ): F is m-strongly monotone and κ-Lipschitz, for ‖A‖ ≤ ``norm``. Raises Refused if m is not positive."""
+        slope = slopes(self.activation)
+        reach = self.step if self.estimate is not None else times(self.step, times(norm, norm))
+        m, kappa = down(1 - times(reach, max(0.0, -slope.low))), up(1 + times(reach, slope.high))
+        if not m > 0:
+            raise Refused(
+                f"{self.activation} decreases with slopes down to {slope.low:g}; times h‖A‖² ≤ {above(reach)} that is not below 1, so the"
+                " resolvent need not exist. Use a non-decreasing activation, a shorter step, or relative=True"
+            )
+        return m, kappa
 
     @torch.compiler.disable
     def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
@@ -62,53 +97,72 @@ class Resolvent(nn.Module):
         dtype = next((p.dtype for p in self.linear.parameters()), x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             start = x.to(dtype)
-            z, kappa = self._solve(start.detach(), *level)
+            h, norms = self._norms(start)
+            length = float(h.detach()) if isinstance(h, Tensor) else h
+            z, condition = self._solve(start.detach(), length, norms, *level)
             if torch.is_grad_enabled():
-                y = start - self._gradient(z, *level)  # = z, as a function of x and the weights at fixed z
+                y = start - self._gradient(z, h, *level)  # = z, as a function of x and the weights at fixed z
                 if y.requires_grad:
-                    z = _Implicit.apply(y, z, lambda g: self._solve_linear(g, z, kappa, *level))
+                    z = _Implicit.apply(y, z, lambda g: self._solve_linear(g, z, length, condition, *level))
             return z.to(x.dtype)
 
-    def _gradient(self, z: Tensor, *level: Tensor | float) -> Tensor:
+    def _norms(self, x: Tensor) -> tuple[float | Tensor, list[Callable[[], float]]]:
+        """h, and values for ‖A‖ in the order in which the solver tries them. Training starts with an estimate."""
+
+        def bound() -> float:
+            return sound_norm(self.linear)
+
+        if not self.training:
+            return self.length(bound()), [bound]
+        if self.estimate is None:
+            return self.step, [lambda: 1.1 * _estimate(self.linear, x), bound]
+        squared = self.estimate.squared_norm(self.linear, homogeneous)
+        return (self.step / squared).to(x.dtype), [lambda: math.sqrt(float(squared.detach()))]
+
+    def _gradient(self, z: Tensor, h: float | Tensor, *level: Tensor | float) -> Tensor:
         """h∇V(z) = hAᵀσ(Az + b)."""
         t, pullback = affine(self.linear, z)
-        return pullback(self.activation(t, *level), self.step)
+        return pullback(self.activation(t, *level), h)
 
     @torch.no_grad()
-    def _solve(self, x: Tensor, *level: Tensor | float) -> tuple[Tensor, float]:
-        """z and the κ that led to it. Nesterov's method for 1-strongly convex, κ-smooth functions (*Lectures on
-        Convex Optimization*, 2.2.22), which stays right for a κ that is too large. Training starts with an estimate
-        of ‖A‖; where it fails, the bound decides."""
-        target = self.tolerance * _norms(x).clamp_min(REFERENCE)
+    def _solve(
+        self, x: Tensor, h: float, norms: list[Callable[[], float]], *level: Tensor | float
+    ) -> tuple[Tensor, float]:
+        """z, and the condition number κ/m that led to it. Nesterov's method for m-strongly convex, κ-smooth functions (*Lectures
+        on Convex Optimization*, 2.2.22), which stays right for a κ that is too large."""
         ratio = math.inf
-        norms = [lambda: 1.1 * _estimate(self.linear, x), lambda: sound_norm(self.linear)]
-        for norm in norms if self.training else norms[1:]:
-            kappa = 1 + self.step * monotone(self.activation).high * norm() ** 2
-            z, ratio = self._descend(x, target, kappa, *level)
+        for norm in norms:
+            m, kappa = self.curvature(norm())
+            if self.training and self.estimate is not None:
+                kappa *= 1.1  # for what the estimate is short of ‖A‖²
+            target = m * self.tolerance * _norms(x).clamp_min(REFERENCE)
+            z, ratio = self._descend(x, target, h, m, kappa, *level)
             if ratio <= 1:
-                return z, kappa
+                return z, kappa / m
         raise Diverging(
             f"the resolvent's residual is {ratio:.3g} times its tolerance {self.tolerance:g} after the iterations that"
-            f" suffice in exact arithmetic: {x.dtype} cannot resolve it for a step of {self.step:g}. Raise the"
+            f" suffice in exact arithmetic: {x.dtype} cannot resolve it for a step of {h:.3g}. Raise the"
             " tolerance, lower the step, or use float64"
         )
 
-    def _descend(self, x: Tensor, target: Tensor, kappa: float, *level: Tensor | float) -> tuple[Tensor, float]:
+    def _descend(
+        self, x: Tensor, target: Tensor, h: float, m: float, kappa: float, *level: Tensor | float
+    ) -> tuple[Tensor, float]:
         """The solution and the largest ratio of residual to target."""
-        root = math.sqrt(kappa)
+        root = math.sqrt(kappa / m)
         momentum = (root - 1) / (root + 1)
         column = (-1, *(1 for _ in x.shape[1:]))
         z = y = x
         most = k = 0
         while True:
-            residual = y - x + self._gradient(y, *level)
+            residual = y - x + self._gradient(y, h, *level)
             ratios = _norms(residual) / target
             worst = float(ratios.max()) if len(ratios) else 0.0
             if k == 0:
                 if not math.isfinite(worst):
                     raise BadInput("the input or the weights of a resolvent are not finite")
-                # ‖F(y_k)‖ ≤ 3√2 κ (1 - 1/√κ)^{(k-1)/2} ‖F(x)‖, from f(z_k) - f* ≤ (1 - 1/√κ)^k ‖F(x)‖²
-                most = 1 + math.ceil(2 * root * math.log(3 * math.sqrt(2) * kappa * max(worst, 1.0)))
+                # with q = κ/m: ‖F(y_k)‖ ≤ 3√2 q (1 - 1/√q)^{(k-1)/2} ‖F(x)‖, from f(z_k) - f* ≤ (1 - 1/√q)^k ‖F(x)‖²/m
+                most = 1 + math.ceil(2 * root * math.log(3 * math.sqrt(2) * kappa / m * max(worst, 1.0)))
             if worst <= 1 or k == most or not math.isfinite(worst):
                 return y, worst
             k += 1
@@ -119,25 +173,28 @@ class Resolvent(nn.Module):
             z = ahead
 
     @torch.no_grad()
-    def _solve_linear(self, g: Tensor, z: Tensor, kappa: float, *level: Tensor | float) -> Tensor:
-        """u with (I + hAᵀDA)u = g, by conjugate gradients on each sample, to ‖residual‖ ≤ tolerance·‖g‖."""
+    def _solve_linear(self, g: Tensor, z: Tensor, h: float, condition: float, *level: Tensor | float) -> Tensor:
+        """u with (I + hAᵀDA)u = g, D the symmetric derivative of σ, by conjugate gradients on each sample, to ‖residual‖ ≤
+        tolerance·‖g‖."""
         t, pullback = affine(self.linear, z)
         with torch.enable_grad():
             t = t.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.activation(t.clone(), *level).sum(), t)
+            sigma = self.activation(t.clone(), *level)
         column = (-1, *(1 for _ in g.shape[1:]))
         squared = _norms(g) ** 2
         target, rho = self.tolerance**2 * squared, squared
         u, r, p = torch.zeros_like(g), g, g
         if not bool(torch.isfinite(squared).all()):
             raise BadInput("the gradient that reaches a resolvent is not finite")
-        # ‖r_k‖ ≤ 2√κ (1 - 2/(√κ + 1))^k ‖g‖; twice that, as rounding delays it and κ may have been estimated
-        most = 10 + math.ceil(math.sqrt(kappa) + 1) * math.ceil(math.log(2 * math.sqrt(kappa) / self.tolerance))
+        # with q = κ/m: ‖r_k‖ ≤ 2√q (1 - 2/(√q + 1))^k ‖g‖; twice that, as rounding delays it and κ may have been estimated
+        root = math.sqrt(condition)
+        most = 10 + math.ceil(root + 1) * math.ceil(math.log(2 * root / self.tolerance))
         for _ in range(most):
             active = rho > target
             if not bool(active.any()):
                 return u
-            image = p + pullback(slope * _linear_part(self.linear, p), self.step)
+            (turned,) = torch.autograd.grad(sigma, t, _linear_part(self.linear, p), retain_graph=True)
+            image = p + pullback(turned, h)
             curvature = _dot(p, image)
             a = torch.where(active, rho / curvature.where(active, 1.0), 0.0).to(g.dtype).reshape(column)
             u, r = u + a * p, r - a * image
@@ -149,7 +206,8 @@ class Resolvent(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"step={self.step:g}, tolerance={self.tolerance:g}"
+        relative = ", relative=True" if self.estimate is not None else ""
+        return f"step={self.step:g}, tolerance={self.tolerance:g}{relative}"
 
 
 class _Implicit(torch.autograd.Function):

@@ -18,8 +18,9 @@ from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import root, times, up
 from nonexpansive.nn.classifier import dense_classifier, flow_classifier, paper_classifier
 from nonexpansive.nn.flow import GradientFlow
+from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.ordinary import DnCNN
-from nonexpansive.nn.pooled import PooledRamps, SignedRamps
+from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
 from nonexpansive.nn.resize import Lifted
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
@@ -28,6 +29,9 @@ SCALE = 32.0
 
 REFERENCE_LEVEL = 25 / 255
 """The noise level, on the scale of [0, 1] images, that learned activations take as 1."""
+
+TRAINING = 2e-3
+"""The tolerance to which training solves for a proximal denoiser: gradients of a few patches are noisier than that."""
 
 _LEVELLED: dict[str, Callable[[int, float], nn.Module]] = {
     "clipped_ramps": lambda channels, size: ClippedRamps(channels, threshold=0.06 * size),
@@ -178,20 +182,95 @@ class Denoiser(nn.Module):
         return max(widths) / self.lifted.factor**2
 
     def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
-        if noisy.ndim != 4 or noisy.shape[1] != self.channels:
-            raise BadInput(f"this denoiser takes images (B, {self.channels}, H, W), not {tuple(noisy.shape)}")
-        if not isinstance(sigma, Tensor) and not sigma >= 0:
-            raise BadInput(f"the noise level sigma is a standard deviation, at least 0, not {sigma}")
-        level = torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device) / REFERENCE_LEVEL
-        x = noisy - 0.5
+        level, x = _level(noisy, sigma, self.channels), noisy - 0.5
         if self.levelled:
             return self.lifted(x, level) + 0.5
         scale = level.reshape(-1, 1, 1, 1).clamp_min(1e-4)
         return self.lifted(x / scale) * scale + 0.5
 
 
-@rule(Denoiser)
-def _denoiser(module: Denoiser, shape: Shape, unit: float) -> Certificate:
+class ProximalDenoiser(nn.Module):
+    """D(y, σ) = argmin_x ½‖x - y‖² + R_σ(x), the proximal map of a learned, weakly convex R_σ (Goujon et al. 2024, arXiv:2308.10542).
+
+    ``model(noisy, sigma)`` as for :class:`Denoiser`. R_σ is a sum over groups of filters of functions of their amplitudes, and
+    ``modulus``-weakly convex by construction: D is 1/(1 - ``modulus``)-Lipschitz for every fixed σ, not averaged. What the freedom to
+    be concave buys is strength; what is left of the theory is descent on an objective (:class:`nonexpansive.restore.Descent`).
+
+    - ``channels``: 1 or 3; ``factor``, ``kernel``: the filters begin as :func:`cosine_frame`'s, of side factor·kernel;
+    - ``ramps``, ``rise``: of :class:`~nonexpansive.nn.pooled.WeaklyConvexRamps`;
+    - ``tolerance``: of :class:`~nonexpansive.nn.implicit.Resolvent` in evaluation mode, relative to ‖y - ½‖.
+    """
+
+    levelled = True
+
+    def __init__(
+        self,
+        channels: int = 1,
+        factor: int = 2,
+        kernel: int = 5,
+        ramps: int = 3,
+        modulus: float = 0.9,
+        rise: float = 2.0,
+        tolerance: float = 5e-5,
+    ) -> None:
+        super().__init__()
+        if channels not in (1, 3):
+            raise BadInput(f"channels must be 1 (grey) or 3 (colour), not {channels}")
+        if kernel % 2 == 0:
+            raise BadInput(f"kernel must be odd, so that the filters keep the image's size; not {kernel}")
+        self.channels = channels
+        inputs, outputs = channels * factor**2, channels * ((factor * kernel) ** 2 - 1)
+        linear = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        linear.weight = nn.Parameter(SCALE * cosine_frame(channels, factor, kernel))
+        size = SCALE * (inputs / outputs) ** 0.5
+        sigma = WeaklyConvexRamps(outputs, -(-outputs // 3), ramps, 0.06 * size, modulus, rise)
+        self.lifted = Lifted(Resolvent(linear, sigma, 1.0, tolerance, relative=True), inputs, factor)
+        self.tolerance = tolerance
+
+    def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
+        return self.lifted(noisy - 0.5, _level(noisy, sigma, self.channels)) + 0.5
+
+    def regulariser(self, x: Tensor, sigma: float | Tensor) -> Tensor | None:
+        """R_σ(x) of each image, (B,), in float64; in evaluation mode. None where ``factor`` does not divide the sides of x: there D is
+        the proximal map of a marginal of R_σ over a border of the image, which has no formula."""
+        if x.shape[-2] % self.lifted.factor or x.shape[-1] % self.lifted.factor:
+            return None
+        resolvent = cast(Resolvent, self.lifted.inner)
+        return resolvent.potential(self.lifted.lift(x - 0.5), _level(x, sigma, self.channels))
+
+    @property
+    def width(self) -> float:
+        """The number of coefficients for each pixel of the image."""
+        linear = cast(nn.Conv2d, cast(Resolvent, self.lifted.inner).linear)
+        return linear.out_channels / self.lifted.factor**2
+
+    @property
+    def tolerance(self) -> float:
+        """Of the solver in evaluation mode, relative to ‖y - ½‖."""
+        return self._tolerance
+
+    @tolerance.setter
+    def tolerance(self, tolerance: float) -> None:
+        self._tolerance = float(tolerance)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ProximalDenoiser:
+        super().train(mode)
+        cast(Resolvent, self.lifted.inner).tolerance = max(TRAINING, self._tolerance) if mode else self._tolerance
+        return self
+
+
+def _level(noisy: Tensor, sigma: float | Tensor, channels: int) -> Tensor:
+    """σ relative to REFERENCE_LEVEL. Raises BadInput for images of other channels, or a negative σ."""
+    if noisy.ndim != 4 or noisy.shape[1] != channels:
+        raise BadInput(f"this denoiser takes images (B, {channels}, H, W), not {tuple(noisy.shape)}")
+    if not isinstance(sigma, Tensor) and not sigma >= 0:
+        raise BadInput(f"the noise level sigma is a standard deviation, at least 0, not {sigma}")
+    return torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device) / REFERENCE_LEVEL
+
+
+@rule(Denoiser, ProximalDenoiser)
+def _denoiser(module: Denoiser | ProximalDenoiser, shape: Shape, unit: float) -> Certificate:
     if len(shape) != 3 or shape[0] != module.channels:
         raise Refused(f"this denoiser takes images of shape ({module.channels}, H, W), not {shape}")
     inner, size = fold(module.lifted, shape, unit), entries(shape)
@@ -209,7 +288,7 @@ def _denoiser(module: Denoiser, shape: Shape, unit: float) -> Certificate:
         inner,
         growth=y.norm,
         error=y.error,
-        rule="Denoiser: a translation of PTP*, for every fixed noise level",
+        rule=f"{type(module).__name__}: a translation of PTP*, for every fixed noise level",
         assumptions=(*inner.assumptions, "the noise level is fixed, and at most 1"),
         parts=(inner,),
     )
@@ -221,6 +300,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "dncnn": DnCNN,
     "flow_classifier": flow_classifier,
     "paper_classifier": paper_classifier,
+    "proximal_denoiser": ProximalDenoiser,
 }
 
 

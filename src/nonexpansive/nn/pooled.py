@@ -63,25 +63,47 @@ class PooledRamps(nn.Module):
         """c (K, G)."""
         return _shares(self.mixture)
 
+    def magnitudes(self) -> Tensor:
+        """(K, G): what the rounding of c is in proportion to, at least |c|."""
+        return self.weights().abs()
+
     def forward(self, z: Tensor, level: float | Tensor | None = None) -> Tensor:
         """σ(z) at a level given as a number or (B,) tensor, relative to a reference (None: 1). Shape and dtype as z's.
 
         Raises ValueError if z has not C channels along axis 1 or the levels are neither 1 nor B.
         """
-        if z.ndim < 2 or z.shape[1] != self.shares.shape[1]:
-            raise ValueError(f"expects {self.shares.shape[1]} channels along axis 1, not shape {tuple(z.shape)}")
-        square = z * z if z.ndim == 4 else (z * z).reshape(*z.shape[:2], -1, 1)
+        square = self._square(z)
         w, pool, c = (table[..., None, None] for table in self.tables())
-        theta, psi = (
-            p[:, None, :, None, None] for p in (PACE * self.log_threshold, F.softplus(PACE * self.sensitivity))
-        )
-        tau = (theta + psi * relative_level(level, square, theta).log()).exp()
+        tau = self._thresholds(square, level)
         inverse = (F.conv2d(square, pool) + FLOOR).rsqrt()
         s = sum(
             (c_k.to(z.dtype) * (inverse * tau_k.to(z.dtype)).clamp(max=1.0) for c_k, tau_k in zip(c, tau, strict=True))
         )
         factor = F.conv_transpose2d(s, pool) + w.to(z.dtype)  # type: ignore[arg-type]
         return z * factor.reshape(z.shape)
+
+    def potential(self, z: Tensor, level: float | Tensor | None = None) -> Tensor:
+        """Γ(z) of each sample, (B,), in float64: H(r) = ½r² up to τ, and τr - ½τ² beyond."""
+        square = self._square(z.double())
+        w, pool, c = (table.double()[..., None, None] for table in self.tables())
+        r = (F.conv2d(square, pool) + FLOOR).sqrt()
+        total = (w * square).sum((1, 2, 3)) / 2
+        for c_k, tau in zip(c, self._thresholds(square, level), strict=True):
+            total = total + (c_k * torch.where(r < tau, r * r / 2, tau * (r - tau / 2))).sum((1, 2, 3))
+        return total
+
+    def _square(self, z: Tensor) -> Tensor:
+        """z², (B, C, H, W). Raises ValueError for another number of channels."""
+        if z.ndim < 2 or z.shape[1] != self.shares.shape[1]:
+            raise ValueError(f"expects {self.shares.shape[1]} channels along axis 1, not shape {tuple(z.shape)}")
+        return z * z if z.ndim == 4 else (z * z).reshape(*z.shape[:2], -1, 1)
+
+    def _thresholds(self, like: Tensor, level: float | Tensor | None) -> Tensor:
+        """τ (K, B or 1, G, 1, 1)."""
+        theta, psi = (
+            p[:, None, :, None, None] for p in (PACE * self.log_threshold, F.softplus(PACE * self.sensitivity))
+        )
+        return (theta + psi * relative_level(level, like, theta).log()).exp()
 
     def slope_range(self) -> Slopes:
         """Γ's Hessian lies in [0, 1] at every level; in evaluation mode the tables are looked at, and Refused is raised if they are
@@ -97,7 +119,7 @@ class PooledRamps(nn.Module):
     def _read(self, bounds: Slopes) -> Slopes:
         """``bounds`` for the tables as they are."""
         w, pool, c = (table.detach().double() for table in self.tables())
-        rises, size = (_largest(w, pool, parts) for parts in (c.clamp(min=0), c.abs()))
+        rises, size = (_largest(w, pool, parts) for parts in (c.clamp(min=0), self.magnitudes().detach().double()))
         falls = _largest(torch.zeros_like(w), pool, (-c).clamp(min=0)) if bool((c < 0).any()) else 0.0
         (groups, channels), ramps = pool.shape, len(c)
         theta = PACE * float(self.log_threshold.detach().abs().max())
@@ -131,6 +153,58 @@ class SignedRamps(PooledRamps):
         read = self._read(finite(self, Slopes(0.0, 1.0)))
         missed = read.ulps * torch.finfo(self.mixture.dtype).eps
         return replace(read, low=read.low - missed, high=up(read.high + missed))
+
+
+class WeaklyConvexRamps(PooledRamps):
+    """:class:`PooledRamps` with c = p - n, p ≥ 0 of any size and n ≥ 0 with Σ_k n_ki ≤ ``modulus`` < 1: Γ + ½·modulus·‖·‖² is convex.
+
+    The Hessian of Γ lies between -modulus·I and diag(w_j + Σ_i W_ij Σ_k p_ki), since Σ_i W_ij ≤ 1. Γ is bounded below: where a
+    ramp is past its threshold it grows or falls like r, and ½w_j z_j², w_j > 0, like r². p = exp(·), Σ_k p = ``rise`` to begin with, and
+    n is modulus times a softmax over k and a share that is left out. (Slopes of both signs, weakly convex: Goujon, Neumayer & Unser
+    2024, arXiv:2308.10542.) For a :class:`~nonexpansive.nn.implicit.Resolvent`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        ramps: int = 3,
+        threshold: float = 0.1,
+        modulus: float = 0.9,
+        rise: float = 2.0,
+    ) -> None:
+        super().__init__(channels, groups, ramps, threshold)
+        if not 0 <= modulus < 1:
+            raise ValueError(f"modulus must lie in [0, 1), not {modulus}")
+        self.modulus = modulus
+        self.mixture = nn.Parameter(torch.full((ramps, groups), math.log(rise / ramps) / PACE))
+        falls = torch.zeros(1 + ramps, groups)
+        falls[0] = 2.0
+        self.falls = nn.Parameter(falls / PACE)
+
+    def weights(self) -> Tensor:
+        return self._rises() - self._falls()
+
+    def magnitudes(self) -> Tensor:
+        return self._rises() + self._falls()
+
+    def _rises(self) -> Tensor:
+        """p (K, G)."""
+        return (PACE * self.mixture).exp()
+
+    def _falls(self) -> Tensor:
+        """n (K, G)."""
+        return self.modulus * _shares(self.falls)[1:]
+
+    def slope_range(self) -> Slopes:
+        """The lower end is -modulus whatever the parameters, and the rounding of the difference; the upper one that of the tables as
+        they are, in training mode too."""
+        read = self._read(finite(self, Slopes(0.0, 1.0)))
+        unit = torch.finfo(self.mixture.dtype).eps
+        return replace(read, low=-self.modulus * (1 + 4 * unit), high=up(read.high + read.ulps * unit))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, modulus={self.modulus:g}"
 
 
 def _shares(logits: Tensor) -> Tensor:

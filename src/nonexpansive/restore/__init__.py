@@ -1,6 +1,6 @@
 """Restoration: splittings as certified modules, run to their fixed point; the forward models come from deepinv."""
 
-from nonexpansive.restore.iterate import Report, fixed_point, prove
+from nonexpansive.restore.iterate import Descent, Report, fixed_point, prove
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
 from nonexpansive.restore.methods import splitting
 from nonexpansive.restore.operators import Operator, forward_model
@@ -17,6 +17,7 @@ __all__ = [
     "Blurring",
     "Box",
     "DataTerm",
+    "Descent",
     "DouglasRachford",
     "DualOfBox",
     "DualOfData",

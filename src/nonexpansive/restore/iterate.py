@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.certificate import Certificate, Shape, certify
 from nonexpansive.math.enclosure import Affine
-from nonexpansive.math.rounding import above
+from nonexpansive.math.rounding import above, below
 
 NOT_CERTIFIED = "NOT CERTIFIED: convergence is not proved"
 Acceleration = Literal["anderson"]
@@ -46,6 +46,10 @@ class Iteration:
         """(B,): a bound on the distance from any fixed point, where one is known beforehand."""
         return None
 
+    def objective(self, state: Tensor) -> Tensor | None:
+        """(B,), float64: the function that the iteration descends on, where it is one that can be evaluated."""
+        return None
+
 
 _PLAIN = Iteration()
 
@@ -67,6 +71,25 @@ class Renormed(Certificate):
         return {**super().to_json(), "averaged_in_metric": self.renormed, "metric": self.metric}
 
 
+@dataclass(frozen=True)
+class Descent(Certificate):
+    """A certificate of an iteration T that descends on an objective F which is bounded below, though it need not be averaged:
+
+        F(Tx) ≤ F(x) - ``decrease``·‖Tx - x‖²,  ``decrease`` = c > 0.
+
+    So Σ‖x_{k+1} - x_k‖² ≤ (F(x_0) - inf F)/c: the residuals tend to 0, the smallest of the first k is at most √((F(x_0) - inf F)/(ck)),
+    and every cluster point is a fixed point of T, which is a stationary point of F. Residuals may grow on the way.
+    """
+
+    decrease: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\ndescends: F(Tx) ≤ F(x) - {below(self.decrease)}·‖Tx - x‖²"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "decrease": self.decrease}
+
+
 def averagedness(iteration: nn.Module, certificate: Certificate) -> float | None:
     """α of the iteration, in the Euclidean norm or in its own; None where none is proved."""
     if certificate.averaged is None and isinstance(certificate, Renormed) and isinstance(iteration, Iteration):
@@ -81,6 +104,7 @@ class Report:
     - ``image`` (B, C, H, W); ``residuals``: the largest relative residual ‖T(x_k) - x_k‖/‖T(x_k)‖ of the batch at each evaluation of
       T; ``steps``: the evaluations after which each sample was finished. A proposal of an acceleration that was not taken counts as an
       evaluation and repeats the residual of the point that was gone back to.
+    - ``objective``: F(x_k) of a run that is proved to descend, summed over the batch, where it can be evaluated.
     - ``movements``: the largest ‖T(x_k) - x_k‖ itself; ``proved``: bounds on it that were known before the run, √(α/((1-α)(k+1)))·d,
       or 2d/(k+1) if anchored, where d, a bound on the distance to any fixed point, is known (a box) and no acceleration is used.
     - ``error``: a bound on the distance of ``image`` from the fixed point, q/(1-q)·‖T(x) - x‖, where L ≤ q < 1 is proved.
@@ -94,6 +118,7 @@ class Report:
     certificate: Certificate | None
     steps: list[int] = field(default_factory=list)
     movements: list[float] = field(default_factory=list)
+    objective: list[float] | None = None
     proved: list[float] | None = None
     error: float | None = None
     acceleration: str | None = None
@@ -116,6 +141,7 @@ class Report:
             "steps": self.steps,
             "residuals": self.residuals,
             "movements": self.movements,
+            "objective": self.objective,
             "proved": self.proved,
             "error": self.error,
             "acceleration": self.acceleration,
@@ -227,11 +253,12 @@ def fixed_point(
     """Iterate x ↦ T(x) from the picture ``start`` until ‖T(x) - x‖ ≤ tolerance·‖T(x)‖, each sample until its own residual is small
     enough, or for ``iterations`` evaluations of T.
 
-    ``certificate`` must prove T averaged on the shape of one sample (an anchored T: non-expansive); None runs an uncertified
-    iteration, which the report says. ``acceleration`` "anderson": see :class:`Anderson`.
+    ``certificate`` must prove T averaged on the shape of one sample (an anchored T: non-expansive), or that it descends
+    (:class:`Descent`); None runs an uncertified iteration, which the report says. ``acceleration`` "anderson": see :class:`Anderson`.
 
     An averaged T cannot let ‖T(x_k) - x_k‖ increase: with a certificate each sample's residual, in the norm of the certificate, is
-    checked at each plain step against the one before it, within what the type of x can resolve and the certificate's own error.
+    checked at each plain step against the one before it, within what the type of x can resolve and the certificate's own error. Of a
+    T that descends the objective is checked instead, where it can be evaluated.
     ``watch(k, residual, state)`` is called after each evaluation; ``state`` is a picture unless the iteration says otherwise.
 
     Raises Refused for a certificate that proves too little, Diverging if the run contradicts the certificate or meets NaN.
@@ -244,7 +271,7 @@ def fixed_point(
         raise BadInput("an anchored (Halpern) iteration has weights of its own: run it without acceleration")
     x = scheme.begin(start)
     alpha = None if certificate is None else averagedness(iteration, certificate)
-    if certificate is not None and alpha is None and not (scheme.anchored and certificate.nonexpansive):
+    if certificate is not None and not _enough(iteration, scheme, certificate):
         raise Refused(f"the certificate does not prove the iteration averaged, so it may not converge:\n{certificate}")
     if certificate is not None and certificate.domain != tuple(x.shape[1:]):
         raise Refused(f"the certificate is for samples of shape {certificate.domain}, not {tuple(x.shape[1:])}")
@@ -254,6 +281,16 @@ def fixed_point(
     image, anchor, accelerate = x, x, None
     active = torch.ones(len(x), dtype=torch.bool, device=x.device)
     plain, steps, relative = active, [0] * len(x), x.new_zeros(len(x))
+    descent = certificate if isinstance(certificate, Descent) and alpha is None else None
+    if descent is not None and acceleration:
+        raise BadInput("an iteration that is proved to descend, not to be averaged, is run without acceleration")
+    if descent is not None and 4 * error.slope > tolerance:
+        raise BadInput(
+            f"to descend until the relative residual is {tolerance:g} the denoiser must be solved for to a tolerance of "
+            f"{tolerance / 4:g}, not {error.slope:g}: set its tolerance, or stop at a residual of {4 * error.slope:g}"
+        )
+    value = scheme.objective(x) if descent is not None else None
+    objective: list[float] = []
     before: Tensor | None = None  # ‖T(p) - p‖ at the point p that was taken last, of each sample
     residuals: list[float] = []
     movements: list[float] = []
@@ -274,6 +311,22 @@ def fixed_point(
                     f"step {k}: the residual grew from {float(before[active].max()):.4g} to {float(moved[active].max()):.4g}, which its "
                     "certificate excludes. This is a defect: please report it with the model and the settings."
                 )
+        if descent is not None and value is not None:
+            objective.append(float(value.sum()))
+            after = scheme.objective(ahead)
+            assert after is not None
+            # T(x) is the minimiser of a strongly convex function up to the certificate's error e: F may be off by (L + 1)·e²
+            inexact = error.slope * (size + moved) + error.constant
+            allowed = (
+                value - descent.decrease * moved.double() ** 2 + (descent.lipschitz + 1) * inexact * (moved + inexact)
+            )
+            grown = after > allowed + noise * after.abs()
+            if bool((grown & active).any()):
+                raise Diverging(
+                    f"step {k}: the objective went from {float(value[active].sum()):.8g} to {float(after[active].sum()):.8g}, which its "
+                    "certificate excludes. This is a defect: please report it with the model and the settings."
+                )
+            value = after
         taken, following = active, ahead
         if scheme.anchored:
             following = ahead + (anchor - ahead) / (k + 1)
@@ -308,19 +361,26 @@ def fixed_point(
         certificate,
         steps,
         movements,
+        objective or None,
         proved,
         q / (1 - q) * movements[-1] if q < 1 else None,
         acceleration,
     )
 
 
+def _enough(iteration: nn.Module, scheme: Iteration, certificate: Certificate) -> bool:
+    """Whether the certificate proves what the iteration's scheme needs."""
+    if isinstance(certificate, Descent) and certificate.decrease > 0 and not scheme.anchored:
+        return True
+    return averagedness(iteration, certificate) is not None or (scheme.anchored and certificate.nonexpansive)
+
+
 def prove(iteration: nn.Module, shape: tuple[int, ...]) -> Certificate:
-    """The certificate of an iteration on pictures of ``shape``; Refused unless it proves what its scheme needs: averaged, or, for an
-    anchored one, non-expansive."""
+    """The certificate of an iteration on pictures of ``shape``; Refused unless it proves what its scheme needs: averaged, or that it
+    descends, or, for an anchored one, non-expansive."""
     scheme = iteration if isinstance(iteration, Iteration) else _PLAIN
     certificate = certify(iteration, scheme.state_shape(tuple(shape)))
-    enough = scheme.anchored and certificate.nonexpansive
-    if averagedness(iteration, certificate) is None and not enough:
+    if not _enough(iteration, scheme, certificate):
         raise Refused(f"the iteration is not proved to be averaged:\n{certificate}")
     return certificate
 
@@ -329,6 +389,7 @@ __all__ = [
     "NOT_CERTIFIED",
     "Acceleration",
     "Anderson",
+    "Descent",
     "Iteration",
     "Renormed",
     "Report",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.certificate import Certificate
-from nonexpansive.nn.models import Denoiser
+from nonexpansive.nn.models import Denoiser, ProximalDenoiser
 from nonexpansive.restore.iterate import STATES, Acceleration, Iteration, Report, averagedness, fixed_point, prove
 from nonexpansive.restore.likelihood import Gaussian, Likelihood
 from nonexpansive.restore.methods import METHODS, Method, splitting
@@ -132,13 +132,14 @@ def plan(
     forward-backward; for photons to primal-dual, with the denoiser relaxed to α ≤ 1/2 (``relax``), as steps on their steep gradient are
     short. ``sigma`` (the denoiser's level) and ``tau`` default to a rule in the noise alone (:data:`STRENGTH`); where a step
     on the gradient may not be that long, both become smaller together. ``box`` defaults to the projection on [0, 1]ⁿ for these two
-    methods, so that a fixed point exists, and to none for others. The rest is as for :func:`splitting`.
+    methods, so that a fixed point exists; to none for others, and for a proximal denoiser, which descends only without. The rest is as
+    for :func:`splitting`.
 
     Raises Refused where convergence is not proved, with the nearest setting that would be, unless ``uncertified``: then the plan holds
     no certificate, and says why.
     """
     channels = data.image_shape[0]
-    if isinstance(denoiser, Denoiser) and channels != denoiser.channels:
+    if isinstance(denoiser, (Denoiser, ProximalDenoiser)) and channels != denoiser.channels:
         raise BadInput(
             f"the picture has {channels} channel(s), the denoiser takes {denoiser.channels}: choose the other model"
         )
@@ -155,7 +156,7 @@ def plan(
     else:
         raise BadInput(f"no method {method!r}: there are {', '.join(METHODS)}")
     if box is None:
-        box = chosen in ("half-quadratic", "forward-backward")
+        box = chosen in ("half-quadratic", "forward-backward") and not isinstance(denoiser, ProximalDenoiser)
     rule, smoothness = STRENGTH[chosen], None
     if chosen in ("forward-backward", "red") or (chosen == "primal-dual" and box):
         smoothness = data.lipschitz * likelihood.smoothness(y)
@@ -168,7 +169,7 @@ def plan(
             level = math.sqrt(tau * likelihood.variance) / rule.trust if sigma is None else sigma
     iteration = splitting(
         chosen,
-        Tiled(denoiser, memory) if isinstance(denoiser, Denoiser) else denoiser,
+        Tiled(denoiser, memory) if isinstance(denoiser, (Denoiser, ProximalDenoiser)) else denoiser,
         data,
         y,
         sigma=level,

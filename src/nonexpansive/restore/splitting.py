@@ -13,6 +13,9 @@ Yamada 2015, arXiv:1407.5100):
 Forward-backward, Douglas-Rachford, primal-dual, and what is relaxed or anchored of them, have **the same restorations** for the same D
 and τ, x = D(x - τ∇f(x)); half-quadratic and RED have others.
 
+A denoiser that is not averaged, but the proximal map of a weakly convex R, makes forward-backward and half-quadratic descend on
+M + R instead, M = τf or its Moreau envelope: :func:`_descent`.
+
 If T is averaged and has a fixed point, x_{k+1} = T(x_k) converges to one and ‖x_{k+1} - x_k‖ never increases. On a bounded set one
 exists (Brouwer): ``box`` ends T with the projection on one.
 """
@@ -36,9 +39,9 @@ from nonexpansive.math.certificate import (
     rule,
 )
 from nonexpansive.math.enclosure import Affine, Enclosure
-from nonexpansive.math.rounding import above, below, plus, times
-from nonexpansive.restore.iterate import Iteration
-from nonexpansive.restore.steps import Box, GradientStep, ProximalStep
+from nonexpansive.math.rounding import above, below, down, plus, times
+from nonexpansive.restore.iterate import Descent, Iteration
+from nonexpansive.restore.steps import AtLevel, Box, GradientStep, ProximalStep, Rescaled
 
 
 class Splitting(Iteration, nn.Sequential):
@@ -49,6 +52,14 @@ class Splitting(Iteration, nn.Sequential):
     def distance(self, state: Tensor) -> Tensor | None:
         last = self[-1] if len(self) else None
         return last.farthest(state) if isinstance(last, Box) else None
+
+    def objective(self, state: Tensor) -> Tensor | None:
+        """M + R, where the last factor is the proximal map of an R that it can evaluate."""
+        step, prior = self if len(self) == 2 else (None, None)
+        if not isinstance(step, (GradientStep, ProximalStep)) or not isinstance(prior, (AtLevel, Rescaled)):
+            return None
+        regulariser = prior.regulariser(state)
+        return None if regulariser is None else step.objective(state) + regulariser
 
 
 class ForwardBackward(Splitting):
@@ -96,11 +107,37 @@ def _culprit(certificate: Certificate) -> str:
 @rule(ForwardBackward, HalfQuadratic)
 def _splitting(module: Splitting, shape: Shape, unit: float) -> Certificate:
     certificate = _chained(module, shape, unit)
+    if certificate.averaged is None and len(module) == 2 and certificate.parts[1].proximal:
+        return _descent(certificate, times(2.0, certificate.parts[0].averaged or math.inf))
     if certificate.averaged is None:
         raise Refused(
             f"{module.method}: a factor is not averaged, so convergence is not proved.{_culprit(certificate)}\n{certificate}"
         )
     return certificate
+
+
+def _descent(chained: Certificate, smoothness: float) -> Certificate:
+    """T = D∘(I - ∇M) with a convex, s-smooth M (``smoothness``) and D = prox_R, R (1 - 1/L)-weakly convex.
+
+    x⁺ = T(x) minimises G(z) = ½‖z - x + ∇M(x)‖² + R(z), which is 1/L-strongly convex: G(x⁺) + ‖x⁺ - x‖²/(2L) ≤ G(x). With
+    M(x⁺) ≤ M(x) + ⟨∇M(x), x⁺ - x⟩ + (s/2)‖x⁺ - x‖² this reads
+
+        (M + R)(x⁺) ≤ (M + R)(x) - ½(1 + 1/L - s)‖x⁺ - x‖².
+
+    For a proximal step M is the Moreau envelope of τf, s = 1; for a gradient step M = τf, s = τL_f. (Attouch, Bolte & Svaiter 2013.)
+    """
+    denoiser = chained.parts[-1]
+    inverse = down(1 / denoiser.lipschitz) if denoiser.lipschitz else 1.0
+    decrease = down(plus(down(1 + inverse), -smoothness) / 2)
+    if not decrease > 0:
+        raise Refused(
+            f"the iteration is not proved to descend: the data step has τL_f ≤ {above(smoothness)}, but τL_f < 1 + 1/L = "
+            f"{below(1 + inverse)} is needed with a denoiser that is the proximal map of a weakly convex function, of L ≤ "
+            f"{above(denoiser.lipschitz)}. The nearest settings that are proved: τ smaller in that proportion, or half-quadratic."
+        )
+    fields = {name: getattr(chained, name) for name in Certificate.__dataclass_fields__}
+    stated = "the objective is bounded below"
+    return Descent(**{**fields, "assumptions": (*chained.assumptions, stated)}, decrease=decrease)
 
 
 def require_firm(map: Certificate, which: str, method: str, why: str) -> None:

@@ -57,6 +57,11 @@ class AtLevel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.denoiser(x, self.sigma)
 
+    def regulariser(self, x: Tensor) -> Tensor | None:
+        """R of D = prox_R, (B,), where D can tell."""
+        evaluate = getattr(self.denoiser, "regulariser", None)
+        return None if evaluate is None else evaluate(x, self.sigma)
+
     def extra_repr(self) -> str:
         return f"sigma={self.sigma:.6g}"
 
@@ -79,6 +84,12 @@ class Rescaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x * self.factor) / self.factor
+
+    def regulariser(self, x: Tensor) -> Tensor | None:
+        """μ⁻²R(μx), where D can tell: D' = μ⁻¹prox_R(μ·) is its proximal map."""
+        evaluate = getattr(self.inner, "regulariser", lambda x: None)
+        inner = evaluate(x * self.factor)
+        return None if inner is None else inner / self.factor**2
 
     def extra_repr(self) -> str:
         return f"factor={self.factor:g}"
@@ -172,6 +183,10 @@ class GradientStep(_Step):
         slope = self.likelihood.gradient(self.data.A(x), self.y)
         return torch.sub(x, self.data.A_adjoint(slope), alpha=self.tau)
 
+    def objective(self, x: Tensor) -> Tensor:
+        """τf(x), (B,), of which this is the gradient step."""
+        return self.tau * self.likelihood.value(self.data.A(x).double(), self.y.double())
+
 
 @rule(GradientStep)
 def _gradient_step(module: GradientStep, shape: Shape, unit: float) -> Certificate:
@@ -194,6 +209,12 @@ class ProximalStep(_Step):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.data.prox(x, self.y, self.tau)
+
+    def objective(self, x: Tensor) -> Tensor:
+        """The Moreau envelope min_z τf(z) + ½‖z - x‖², (B,), of which this is the gradient step I - ∇M."""
+        z = self(x)
+        misfit = GAUSSIAN.value(self.data.A(z).double(), self.y.double())
+        return self.tau * misfit + GAUSSIAN.value(z.double(), x.double())
 
 
 @rule(ProximalStep)

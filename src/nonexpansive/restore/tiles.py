@@ -1,7 +1,8 @@
 """A denoiser on a photograph of any size, in bounded memory, with the certificate of the whole.
 
 An output pixel of a network with finite reach depends only on inputs within that reach, so each tile is computed from itself and a
-border of that width, and the tiles together are *the very map* of the whole picture, up to rounding: no seams, the same α.
+border of that width, and the tiles together are *the very map* of the whole picture, up to rounding: no seams, the same α. A proximal
+denoiser minimises over the whole picture: its reach is not finite, and it is evaluated whole.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import Certificate, Shape, fold, rule
 from nonexpansive.math.enclosure import Affine
 from nonexpansive.math.rounding import root, times
-from nonexpansive.nn.models import Denoiser
+from nonexpansive.nn.models import Denoiser, ProximalDenoiser
 
 ARRAYS = 6
 """Full-width arrays that one evaluation holds at once: state, pre-activation, activation, update, and the convolution's own."""
 
 
-def bytes_per_pixel(denoiser: Denoiser) -> float:
+def bytes_per_pixel(denoiser: Denoiser | ProximalDenoiser) -> float:
     """About what evaluating the denoiser needs for each pixel of its input, in float32."""
     return 4 * (ARRAYS * denoiser.width + 3 * denoiser.channels)
 
@@ -31,23 +32,31 @@ class Tiled(nn.Module):
     What the C library keeps between them comes on top, at most about as much again (``benchmarks/speed.py`` measures the sum).
 
     Pictures that fit are evaluated whole, a batch one by one where it does not fit together. Raises BadInput if even the smallest tile,
-    as wide as the reach, does not fit, and for tiles in training mode, where D's reach is not settled.
+    as wide as the reach, does not fit, and for tiles in training mode, where D's reach is not settled. A :class:`ProximalDenoiser` takes
+    what it needs, about ``bytes_per_pixel``.
     """
 
-    def __init__(self, denoiser: Denoiser, memory: float = 5e8) -> None:
+    def __init__(self, denoiser: Denoiser | ProximalDenoiser, memory: float = 5e8) -> None:
         super().__init__()
         if not memory > 0:
             raise BadInput(f"memory is a number of bytes above 0, not {memory}")
         self.denoiser, self.memory = denoiser, float(memory)
-        self.layout()
+        if isinstance(denoiser, Denoiser):
+            self.layout()
 
     def whole(self, shape: Shape) -> bool:
         """Whether a picture (C, H, W) fits without tiles."""
-        return shape[-2] * shape[-1] * bytes_per_pixel(self.denoiser) <= self.memory
+        fits = shape[-2] * shape[-1] * bytes_per_pixel(self.denoiser) <= self.memory
+        return fits or isinstance(self.denoiser, ProximalDenoiser)
+
+    def regulariser(self, x: Tensor, sigma: float | Tensor) -> Tensor | None:
+        """R of D = prox_R, where D can tell."""
+        return self.denoiser.regulariser(x, sigma) if isinstance(self.denoiser, ProximalDenoiser) else None
 
     def layout(self) -> tuple[int, int]:
         """(side, border): each tile is a square of ``side`` pixels and what is within ``border`` of it. Both are multiples of D's
         factor, so that tiles are unshuffled as the whole picture is."""
+        assert isinstance(self.denoiser, Denoiser)
         f = self.denoiser.alignment
         border = -(-self.denoiser.reach // f) * f
         side = int(min(self.memory / bytes_per_pixel(self.denoiser), 2.0**60) ** 0.5) - 2 * border
