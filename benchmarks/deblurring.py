@@ -28,7 +28,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 import nonexpansive
 from nonexpansive.app.output import write_json
 from nonexpansive.errors import BadInput, NonexpansiveError
-from nonexpansive.nn.models import Denoiser
+from nonexpansive.nn.models import ImageDenoiser
 from nonexpansive.restore import Blurring, blur, degrade, kernel, plan, splitting
 from nonexpansive.restore.methods import Method
 from nonexpansive.restore.physics import Boundary
@@ -104,7 +104,9 @@ def total_variation(weight: float) -> Restoration:
     return restore
 
 
-def plug_and_play(model: Denoiser, method: Method, sigma: float | None = None, tau: float | None = None) -> Restoration:
+def plug_and_play(
+    model: ImageDenoiser, method: Method, sigma: float | None = None, tau: float | None = None
+) -> Restoration:
     """With the library's own rule for the level and the step, or with those given (forward-backward: the largest step)."""
 
     def restore(problem: Problem) -> tuple[Tensor, int]:
@@ -154,7 +156,11 @@ def methods(arguments: argparse.Namespace) -> list[Method]:
 
 
 def compare(
-    arguments: argparse.Namespace, model: Denoiser, other: nn.Module | None, photos: PhotoFolder, kernels: list[Tensor]
+    arguments: argparse.Namespace,
+    model: ImageDenoiser,
+    other: nn.Module | None,
+    photos: PhotoFolder,
+    kernels: list[Tensor],
 ) -> None:
     result, chosen = {}, settings(arguments) if other is not None else {}
     for noise in arguments.noise:
@@ -176,7 +182,11 @@ def compare(
 
 
 def search(
-    arguments: argparse.Namespace, model: Denoiser, other: nn.Module | None, photos: PhotoFolder, kernels: list[Tensor]
+    arguments: argparse.Namespace,
+    model: ImageDenoiser,
+    other: nn.Module | None,
+    photos: PhotoFolder,
+    kernels: list[Tensor],
 ) -> None:
     """Every pair of a level (a multiple of the noise) and a step, best first; then the total variation. An ``other`` denoiser alone:
     every t with the number of steps, of up to ``--steps``, that is best for it."""
@@ -260,7 +270,7 @@ def main() -> None:
         parser.error(f"total variation is tuned for noise of {list(WEIGHTS)}, not of {untuned}: see --tune")
     try:
         model = nonexpansive.load(arguments.model)
-        if not isinstance(model, Denoiser):
+        if not isinstance(model, ImageDenoiser):
             raise BadInput(f"{arguments.model} is no denoiser")
         other = nonexpansive.load(arguments.ordinary) if arguments.ordinary else None
         names = read_names(arguments.names) if arguments.names else None

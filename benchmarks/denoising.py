@@ -25,7 +25,7 @@ import nonexpansive
 from nonexpansive import Certificate
 from nonexpansive.app.output import write_json
 from nonexpansive.errors import BadInput, NonexpansiveError
-from nonexpansive.nn.models import Denoiser
+from nonexpansive.nn.models import ImageDenoiser
 from nonexpansive.restore.variational import tune, tv_denoise
 from nonexpansive.train.data import PhotoFolder, generator, read_names
 
@@ -53,7 +53,7 @@ def total_variation(channels: int) -> Callable[[Tensor, float], Tensor]:
     return lambda y, level: tv_denoise(y, WEIGHTS[channels][level]).image
 
 
-def learned(model: Denoiser) -> Callable[[Tensor, float], Tensor]:
+def learned(model: ImageDenoiser) -> Callable[[Tensor, float], Tensor]:
     def run(y: Tensor, level: float) -> Tensor:
         with torch.inference_mode():
             return model(y, level / 255)
@@ -91,7 +91,7 @@ def earlier(file: Path | None, kind: str, photographs: list[str]) -> dict[str, A
 def compare(arguments: argparse.Namespace) -> None:
     names = arguments.models or nonexpansive.models()
     models = {Path(name).stem: nonexpansive.load(name) for name in names}
-    models = {name: model for name, model in models.items() if isinstance(model, Denoiser)}
+    models = {name: model for name, model in models.items() if isinstance(model, ImageDenoiser)}
     if not models:
         raise BadInput("there is no denoiser to measure: name one with --models")
     select = read_names(arguments.names) if arguments.names else None
@@ -124,7 +124,7 @@ def show(title: str, levels: list[float], rows: dict[str, tuple[dict[str, Any], 
         if certificate is None:
             bound = "1/2 (proximal)"
         elif certificate.averaged is None:
-            bound = f"none (L ≤ {certificate.lipschitz:.4g})"
+            bound = f"none ({'proximal, ' if certificate.proximal else ''}L ≤ {certificate.lipschitz:.4g})"
         else:
             bound = f"{math.ceil(certificate.averaged * 1e4) / 1e4:.4f}"
         lines.append([name, *(f"{value:.2f}" for value in psnr.values()), gain, f"{measured['seconds']:.2f}", bound])

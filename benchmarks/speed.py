@@ -18,7 +18,7 @@ import time
 import torch
 
 import nonexpansive
-from nonexpansive.nn.models import Denoiser
+from nonexpansive.nn.models import ImageDenoiser
 from nonexpansive.restore.tiles import Tiled
 
 UNIT = 1 if sys.platform == "darwin" else 1024
@@ -31,7 +31,7 @@ def measure(name: str, size: int, threads: int, memory: float, keep: bool) -> tu
     if keep:
         nonexpansive.keep_memory()
     model = nonexpansive.load(name)
-    assert isinstance(model, Denoiser)
+    assert isinstance(model, ImageDenoiser)
     tiled = Tiled(model, memory)
     x = torch.rand((1, model.channels, size, size), generator=torch.Generator().manual_seed(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", type=float, default=500.0, metavar="MB")
     arguments = parser.parse_args()
-    names = arguments.models or [n for n in nonexpansive.models() if isinstance(nonexpansive.load(n), Denoiser)]
+    names = arguments.models or [n for n in nonexpansive.models() if isinstance(nonexpansive.load(n), ImageDenoiser)]
     print("| denoiser | picture | memory | seconds | peak memory, MB | |\n|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
     for name in names:

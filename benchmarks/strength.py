@@ -21,7 +21,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 import nonexpansive
 from nonexpansive.errors import NonexpansiveError
 from nonexpansive.experiments.denoising import centre
-from nonexpansive.nn.models import Denoiser
+from nonexpansive.nn.models import ImageDenoiser
 from nonexpansive.restore import Plan, degrade, forward_model, plan
 from nonexpansive.train.data import PhotoFolder
 
@@ -55,7 +55,7 @@ def quality(job: Plan, clean: Tensor, iterations: int) -> float:
     return float(peak_signal_noise_ratio(image, clean, data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3)))
 
 
-def grid(job: Plan, y: Tensor, denoiser: Denoiser, noise: float) -> Iterator[tuple[float, float | None, Plan]]:
+def grid(job: Plan, y: Tensor, denoiser: ImageDenoiser, noise: float) -> Iterator[tuple[float, float | None, Plan]]:
     """(level/noise, trust, plan): the proximal step is free; a gradient step is taken as long as it may be, at any level."""
     longest = 1.99 / job.smoothness if job.smoothness else None
     trusts: tuple[float | None, ...] = (None,) if longest else TRUSTS
@@ -66,7 +66,7 @@ def grid(job: Plan, y: Tensor, denoiser: Denoiser, noise: float) -> Iterator[tup
         yield level, trust, plan(y, job.data, denoiser, noise, sigma=sigma, tau=tau)
 
 
-def row(case: Case, noise: float, clean: Tensor, denoiser: Denoiser, iterations: int) -> list[str]:
+def row(case: Case, noise: float, clean: Tensor, denoiser: ImageDenoiser, iterations: int) -> list[str]:
     data = forward_model(case.name, tuple(clean.shape[1:]), **case.settings)
     noise *= case.unit
     y = degrade(clean, data, noise, seed=1)
@@ -107,7 +107,7 @@ def main() -> None:
     ]
     try:
         loaded = [nonexpansive.load(name) for name in arguments.models]
-        models = {model.channels: model for model in loaded if isinstance(model, Denoiser)}
+        models = {model.channels: model for model in loaded if isinstance(model, ImageDenoiser)}
         if sorted(models) != [1, 3]:
             parser.error("--models are a colour and a grey denoiser")
         side = arguments.crop

@@ -19,7 +19,7 @@ from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, write_json
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import Certificate
 from nonexpansive.math.rounding import above
-from nonexpansive.nn.models import Denoiser, ProximalDenoiser
+from nonexpansive.nn.models import Denoiser, ImageDenoiser
 from nonexpansive.restore.iterate import NOT_CERTIFIED, Acceleration, Descent, Report
 from nonexpansive.restore.restoration import Plan
 from nonexpansive.restore.tiles import Tiled
@@ -83,24 +83,24 @@ _loaded = functools.lru_cache(2)(checkpoint.load)
 """Once for all files of a folder."""
 
 
-def the_denoiser(name: str | None, channels: int, of: str) -> Denoiser | ProximalDenoiser:
+def the_denoiser(name: str | None, channels: int, of: str) -> ImageDenoiser:
     """The denoiser of that name or file, or the shipped one for pictures of so many channels."""
     if name is None and channels not in (1, 3):
         raise BadInput(f"{of} is of {channels} channels: the shipped denoisers are for 1 (grey) and 3 (colour)")
     module = _loaded(name or checkpoint.DEFAULTS["denoise" if channels == 3 else "denoise-grey"])
-    if not isinstance(module, (Denoiser, ProximalDenoiser)):
+    if not isinstance(module, ImageDenoiser):
         raise BadInput(f"{name} is a {type(module).__name__}, not a denoiser")
     if module.channels != channels:
         raise BadInput(f"{name} takes {module.channels} channel(s), but {of} has {channels}: choose another --model")
     return module
 
 
-def whole(denoiser: Denoiser | ProximalDenoiser, shape: tuple[int, ...], memory: float) -> bool:
+def whole(denoiser: ImageDenoiser, shape: tuple[int, ...], memory: float) -> bool:
     """Whether a picture is restored without tiles in so many megabytes."""
     return Tiled(denoiser, memory * 1e6).whole(shape)
 
 
-def show_certificate(certificate: Certificate, denoiser: Denoiser | ProximalDenoiser) -> None:
+def show_certificate(certificate: Certificate, denoiser: ImageDenoiser) -> None:
     """The tree without an averaged denoiser's single flows, which are all alike."""
     lines = [line for line in str(certificate).splitlines() if "GradientFlow:" not in line]
     out.print("\n".join(lines), markup=False)
@@ -108,7 +108,7 @@ def show_certificate(certificate: Certificate, denoiser: Denoiser | ProximalDeno
         out.print(f"  ({len(denoiser.flows())} gradient flows; `nonexpansive certify` prints them)", markup=False)
 
 
-def show_plan(prepared: Plan, denoiser: Denoiser | ProximalDenoiser) -> None:
+def show_plan(prepared: Plan, denoiser: ImageDenoiser) -> None:
     """What is proved of a restoration, and its settings; or that nothing is, and why."""
     smoothness = "" if prepared.smoothness is None else f"L of the data term ≤ {above(prepared.smoothness)}, "
     settings = f"{smoothness}τ = {prepared.tau:.4g}, denoiser at {prepared.sigma * 255:.2f}/255"

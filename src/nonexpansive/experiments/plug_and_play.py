@@ -25,7 +25,7 @@ from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.experiments.denoising import TOTAL_VARIATION, Watch, centre
 from nonexpansive.experiments.settings import Ledger, load, wanted
 from nonexpansive.math.certificate import Certificate, Shape, chain, fold, rule
-from nonexpansive.nn.models import Denoiser
+from nonexpansive.nn.models import ImageDenoiser
 from nonexpansive.nn.resize import Scale
 from nonexpansive.restore import Blurring, blur, degrade, kernel, prove, splitting
 from nonexpansive.restore.variational import tune, tv_deblur
@@ -180,7 +180,7 @@ def follow(
     data, chosen = Path(data), wanted(only, METHODS)
     priors = {method: _prior(known, method) for method in chosen if method != TOTAL_VARIATION}
     kernels = [kernel(_found(spec, data / known.kernel_folder)) for spec in known.kernels]
-    channels = next((p.model.channels for p in priors.values() if isinstance(p.model, Denoiser)), 3)
+    channels = next((p.model.channels for p in priors.values() if isinstance(p.model, ImageDenoiser)), 3)
     count = min(known.photographs, limit or known.photographs)
     test = _crops(PhotoFolder(data / known.test, channels, limit=count), known.size)
     held_out = _crops(PhotoFolder(data / known.validation, channels, limit=known.tuned), known.size)

@@ -17,6 +17,9 @@ from nonexpansive.math.rounding import above, down, times, up
 from nonexpansive.nn.control import NormControl, sound_norm
 from nonexpansive.nn.linear import affine, homogeneous, probe_shape
 
+PRESUMED = 0.6
+"""The strong convexity that the solver hopes for, where only less is known."""
+
 REFERENCE = 1.0
 """The tolerance is relative to ‖x‖, or to this norm where x is smaller: at x = 0 nothing could meet a relative one."""
 
@@ -128,17 +131,19 @@ class Resolvent(nn.Module):
     def _solve(
         self, x: Tensor, h: float, norms: list[Callable[[], float]], *level: Tensor | float
     ) -> tuple[Tensor, float]:
-        """z, and the condition number κ/m that led to it. Nesterov's method for m-strongly convex, κ-smooth functions (*Lectures
-        on Convex Optimization*, 2.2.22), which stays right for a κ that is too large."""
-        ratio = math.inf
+        """z, and the condition number κ/m for its derivative. Nesterov's method for m-strongly convex, κ-smooth functions (*Lectures
+        on Convex Optimization*, 2.2.22), which stays right for a κ that is too large. It is tried first as if m were at least PRESUMED,
+        as it mostly is near the solution; where that, or an estimate of ‖A‖, fails, the bounds decide."""
+        ratio, z = math.inf, x
         for norm in norms:
             m, kappa = self.curvature(norm())
             if self.training and self.estimate is not None:
                 kappa *= 1.1  # for what the estimate is short of ‖A‖²
             target = m * self.tolerance * _norms(x).clamp_min(REFERENCE)
-            z, ratio = self._descend(x, target, h, m, kappa, *level)
-            if ratio <= 1:
-                return z, kappa / m
+            for convexity in sorted({m, max(m, PRESUMED)}, reverse=True):
+                z, ratio = self._descend(x, target, h, convexity, kappa, *level)
+                if ratio <= 1:
+                    return z, kappa / m
         raise Diverging(
             f"the resolvent's residual is {ratio:.3g} times its tolerance {self.tolerance:g} after the iterations that"
             f" suffice in exact arithmetic: {x.dtype} cannot resolve it for a step of {h:.3g}. Raise the"

@@ -30,7 +30,7 @@ SCALE = 32.0
 REFERENCE_LEVEL = 25 / 255
 """The noise level, on the scale of [0, 1] images, that learned activations take as 1."""
 
-TRAINING = 2e-3
+TRAINING = 1e-2
 """The tolerance to which training solves for a proximal denoiser: gradients of a few patches are noisier than that."""
 
 _LEVELLED: dict[str, Callable[[int, float], nn.Module]] = {
@@ -76,11 +76,35 @@ def _flows(module: Flows, shape: Shape, unit: float) -> Certificate:
     return chain(*parts, rule="Flows") if parts else isometry(shape, shape, "Flows, none", averaged=0.0)
 
 
-class Denoiser(nn.Module):
+class ImageDenoiser(nn.Module):
+    """``model(noisy, sigma)``: images (B, C, H, W) in [0, 1], any H and W; σ, the standard deviation of the noise in the same unit, a
+    number or (B,). What :class:`Denoiser` and :class:`ProximalDenoiser` have in common: y ↦ ½ + PT(P*(y - ½)) at a level.
+
+    ``levelled``: whether σ enters the inner map as a level; if not, by scaling.
+    """
+
+    channels: int
+    levelled: bool
+    lifted: Lifted
+
+    @property
+    def width(self) -> float:
+        """The largest number of channels of an array within, for each pixel of the image."""
+        raise NotImplementedError
+
+    def level(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
+        """σ relative to REFERENCE_LEVEL. Raises BadInput for images of other channels, or a negative σ."""
+        if noisy.ndim != 4 or noisy.shape[1] != self.channels:
+            raise BadInput(f"this denoiser takes images (B, {self.channels}, H, W), not {tuple(noisy.shape)}")
+        if not isinstance(sigma, Tensor) and not sigma >= 0:
+            raise BadInput(f"the noise level sigma is a standard deviation, at least 0, not {sigma}")
+        return torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device) / REFERENCE_LEVEL
+
+
+class Denoiser(ImageDenoiser):
     """An α-averaged denoiser D(y, σ): lift by an isometry, gradient flows, project by its adjoint (Sherry et al. 2024, §5).
 
-    ``model(noisy, sigma)``: images (B, C, H, W) in [0, 1], any H and W; σ, the standard deviation of the noise in the same unit, a
-    number or (B,). For every fixed σ ≥ 0 the map y ↦ D(y, σ) is ``alpha``-averaged (under the control "unconstrained" it need not be).
+    For every fixed σ ≥ 0 the map y ↦ D(y, σ) is ``alpha``-averaged (under the control "unconstrained" it need not be).
 
     - ``channels``: 1 (grey) or 3 (colour); ``features``: channels of the flows' state, those above the image's own begin as zeros;
       ``hidden``: outputs of each A, as many as ``features`` unless given; ``blocks``: their number; ``kernel``: their kernel size.
@@ -176,23 +200,22 @@ class Denoiser(nn.Module):
 
     @property
     def width(self) -> float:
-        """The largest number of channels of an array in a flow, for each pixel of the image."""
         layers = [cast(nn.Conv2d, flow.linear) for flow in self.flows()]
         widths = (max(a.in_channels, a.out_channels) / scale**2 for a, scale in zip(layers, self.scales, strict=True))
         return max(widths) / self.lifted.factor**2
 
     def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
-        level, x = _level(noisy, sigma, self.channels), noisy - 0.5
+        level, x = self.level(noisy, sigma), noisy - 0.5
         if self.levelled:
             return self.lifted(x, level) + 0.5
         scale = level.reshape(-1, 1, 1, 1).clamp_min(1e-4)
         return self.lifted(x / scale) * scale + 0.5
 
 
-class ProximalDenoiser(nn.Module):
+class ProximalDenoiser(ImageDenoiser):
     """D(y, σ) = argmin_x ½‖x - y‖² + R_σ(x), the proximal map of a learned, weakly convex R_σ (Goujon et al. 2024, arXiv:2308.10542).
 
-    ``model(noisy, sigma)`` as for :class:`Denoiser`. R_σ is a sum over groups of filters of functions of their amplitudes, and
+    R_σ is a sum over groups of filters of functions of their amplitudes, and
     ``modulus``-weakly convex by construction: D is 1/(1 - ``modulus``)-Lipschitz for every fixed σ, not averaged. What the freedom to
     be concave buys is strength; what is left of the theory is descent on an objective (:class:`nonexpansive.restore.Descent`).
 
@@ -208,9 +231,9 @@ class ProximalDenoiser(nn.Module):
         channels: int = 1,
         factor: int = 2,
         kernel: int = 5,
-        ramps: int = 3,
+        ramps: int = 2,
         modulus: float = 0.9,
-        rise: float = 2.0,
+        rise: float = 12.0,
         tolerance: float = 5e-5,
     ) -> None:
         super().__init__()
@@ -223,12 +246,12 @@ class ProximalDenoiser(nn.Module):
         linear = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
         linear.weight = nn.Parameter(SCALE * cosine_frame(channels, factor, kernel))
         size = SCALE * (inputs / outputs) ** 0.5
-        sigma = WeaklyConvexRamps(outputs, -(-outputs // 3), ramps, 0.06 * size, modulus, rise)
+        sigma = WeaklyConvexRamps(outputs, -(-outputs // 3), ramps, 0.012 * size, modulus, rise)
         self.lifted = Lifted(Resolvent(linear, sigma, 1.0, tolerance, relative=True), inputs, factor)
         self.tolerance = tolerance
 
     def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
-        return self.lifted(noisy - 0.5, _level(noisy, sigma, self.channels)) + 0.5
+        return self.lifted(noisy - 0.5, self.level(noisy, sigma)) + 0.5
 
     def regulariser(self, x: Tensor, sigma: float | Tensor) -> Tensor | None:
         """R_σ(x) of each image, (B,), in float64; in evaluation mode. None where ``factor`` does not divide the sides of x: there D is
@@ -236,11 +259,10 @@ class ProximalDenoiser(nn.Module):
         if x.shape[-2] % self.lifted.factor or x.shape[-1] % self.lifted.factor:
             return None
         resolvent = cast(Resolvent, self.lifted.inner)
-        return resolvent.potential(self.lifted.lift(x - 0.5), _level(x, sigma, self.channels))
+        return resolvent.potential(self.lifted.lift(x - 0.5), self.level(x, sigma))
 
     @property
     def width(self) -> float:
-        """The number of coefficients for each pixel of the image."""
         linear = cast(nn.Conv2d, cast(Resolvent, self.lifted.inner).linear)
         return linear.out_channels / self.lifted.factor**2
 
@@ -260,17 +282,8 @@ class ProximalDenoiser(nn.Module):
         return self
 
 
-def _level(noisy: Tensor, sigma: float | Tensor, channels: int) -> Tensor:
-    """σ relative to REFERENCE_LEVEL. Raises BadInput for images of other channels, or a negative σ."""
-    if noisy.ndim != 4 or noisy.shape[1] != channels:
-        raise BadInput(f"this denoiser takes images (B, {channels}, H, W), not {tuple(noisy.shape)}")
-    if not isinstance(sigma, Tensor) and not sigma >= 0:
-        raise BadInput(f"the noise level sigma is a standard deviation, at least 0, not {sigma}")
-    return torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device) / REFERENCE_LEVEL
-
-
 @rule(Denoiser, ProximalDenoiser)
-def _denoiser(module: Denoiser | ProximalDenoiser, shape: Shape, unit: float) -> Certificate:
+def _denoiser(module: ImageDenoiser, shape: Shape, unit: float) -> Certificate:
     if len(shape) != 3 or shape[0] != module.channels:
         raise Refused(f"this denoiser takes images of shape ({module.channels}, H, W), not {shape}")
     inner, size = fold(module.lifted, shape, unit), entries(shape)

@@ -25,6 +25,10 @@ FLOOR = 1e-8
 """ε in the energies: keeps the amplitude's gradient finite at 0."""
 
 
+LEAST = 1e-6
+"""A smaller n counts as this in T = s p τ/n, so that T is finite; n T ≤ s p τ remains."""
+
+
 class PooledRamps(nn.Module):
     """σ(z)_j = z_j·(w_j + Σ_i W_ij s_i), s_i = Σ_k c_ki min(1, τ_ki/r_i), r_i = √(Σ_j W_ij z_j² + ε), for inputs (B, C, ...).
 
@@ -62,10 +66,6 @@ class PooledRamps(nn.Module):
     def weights(self) -> Tensor:
         """c (K, G)."""
         return _shares(self.mixture)
-
-    def magnitudes(self) -> Tensor:
-        """(K, G): what the rounding of c is in proportion to, at least |c|."""
-        return self.weights().abs()
 
     def forward(self, z: Tensor, level: float | Tensor | None = None) -> Tensor:
         """σ(z) at a level given as a number or (B,) tensor, relative to a reference (None: 1). Shape and dtype as z's.
@@ -119,7 +119,7 @@ class PooledRamps(nn.Module):
     def _read(self, bounds: Slopes) -> Slopes:
         """``bounds`` for the tables as they are."""
         w, pool, c = (table.detach().double() for table in self.tables())
-        rises, size = (_largest(w, pool, parts) for parts in (c.clamp(min=0), self.magnitudes().detach().double()))
+        rises, size = (_largest(w, pool, parts) for parts in (c.clamp(min=0), c.abs()))
         falls = _largest(torch.zeros_like(w), pool, (-c).clamp(min=0)) if bool((c < 0).any()) else 0.0
         (groups, channels), ramps = pool.shape, len(c)
         theta = PACE * float(self.log_threshold.detach().abs().max())
@@ -132,7 +132,7 @@ class PooledRamps(nn.Module):
         return replace(bounds, low=0.0 - falls, high=max(1.0, rises), ulps=1.01 * ulps * max(1.0, size))
 
     def extra_repr(self) -> str:
-        return f"channels={self.shares.shape[1]}, groups={self.mixture.shape[1]}, ramps={len(self.mixture)}"
+        return f"channels={self.shares.shape[1]}, groups={self.mixture.shape[1]}, ramps={len(self.log_threshold)}"
 
 
 class SignedRamps(PooledRamps):
@@ -156,55 +156,69 @@ class SignedRamps(PooledRamps):
 
 
 class WeaklyConvexRamps(PooledRamps):
-    """:class:`PooledRamps` with c = p - n, p ≥ 0 of any size and n ≥ 0 with Σ_k n_ki ≤ ``modulus`` < 1: Γ + ½·modulus·‖·‖² is convex.
+    """:class:`PooledRamps` whose every ramp has one that falls: σ(z)_j = z_j·(w_j + Σ_i W_ij Σ_k f_ki(r_i)/r_i) with
 
-    The Hessian of Γ lies between -modulus·I and diag(w_j + Σ_i W_ij Σ_k p_ki), since Σ_i W_ij ≤ 1. Γ is bounded below: where a
-    ramp is past its threshold it grows or falls like r, and ½w_j z_j², w_j > 0, like r². p = exp(·), Σ_k p = ``rise`` to begin with, and
-    n is modulus times a softmax over k and a share that is left out. (Slopes of both signs, weakly convex: Goujon, Neumayer & Unser
-    2024, arXiv:2308.10542.) For a :class:`~nonexpansive.nn.implicit.Resolvent`.
+        f_ki(r) = p_ki min(r, τ_ki) - n_ki min(r, T_ki),  0 ≤ n_ki ≤ p_ki,  Σ_k p_ki ≤ ``rise``,  Σ_k n_ki ≤ ``modulus`` < 1.
+
+    σ rises steeply up to τ and then falls slowly, by a part s ∈ [0, 1] of what it rose, n T = s p τ, so that large coefficients are
+    left alone. Γ is not convex, but Γ + ½·modulus·‖·‖² is: Γ's Hessian lies between -modulus·I and diag(w_j + Σ_i W_ij Σ_k p_ki)
+    ≤ max(1, rise), since Σ_i W_ij ≤ 1. And Γ ≥ 0: f is concave on [0, T], 0 at 0 and not negative at T or beyond. (Slopes of
+    both signs, weakly convex: Goujon, Neumayer & Unser 2024, arXiv:2308.10542.) For a :class:`~nonexpansive.nn.implicit.Resolvent`.
+
+    p = rise·softmax and n = min(p, modulus·softmax), each over k and a share that is left out, s = sigmoid. ``threshold``: the first
+    τ to begin with, which double from ramp to ramp.
     """
 
     def __init__(
         self,
         channels: int,
         groups: int,
-        ramps: int = 3,
+        ramps: int = 2,
         threshold: float = 0.1,
         modulus: float = 0.9,
-        rise: float = 2.0,
+        rise: float = 12.0,
     ) -> None:
         super().__init__(channels, groups, ramps, threshold)
-        if not 0 <= modulus < 1:
-            raise ValueError(f"modulus must lie in [0, 1), not {modulus}")
-        self.modulus = modulus
-        self.mixture = nn.Parameter(torch.full((ramps, groups), math.log(rise / ramps) / PACE))
-        falls = torch.zeros(1 + ramps, groups)
-        falls[0] = 2.0
-        self.falls = nn.Parameter(falls / PACE)
+        if not 0 <= modulus < 1 or not 0 < rise < math.inf:
+            raise ValueError(f"needs a modulus in [0, 1) and a finite rise > 0, not {modulus} and {rise}")
+        self.modulus, self.rise = modulus, rise
+        self.mixture = nn.Parameter(torch.zeros(1 + ramps, groups))
+        with torch.no_grad():
+            self.mixture[0] = math.log(ramps) / PACE  # half of the rise is left out
+            self.log_threshold.copy_(math.log(threshold) / PACE + math.log(2) / PACE * torch.arange(ramps)[:, None])
+        self.falls = nn.Parameter(torch.zeros(1 + ramps, groups))
+        self.returns = nn.Parameter(torch.zeros(ramps, groups))
 
     def weights(self) -> Tensor:
-        return self._rises() - self._falls()
+        return torch.cat([self._rise(), -self._fall()])
 
-    def magnitudes(self) -> Tensor:
-        return self._rises() + self._falls()
-
-    def _rises(self) -> Tensor:
+    def _rise(self) -> Tensor:
         """p (K, G)."""
-        return (PACE * self.mixture).exp()
+        return self.rise * _shares(self.mixture)[1:]
 
-    def _falls(self) -> Tensor:
+    def _fall(self) -> Tensor:
         """n (K, G)."""
-        return self.modulus * _shares(self.falls)[1:]
+        return torch.minimum(self.modulus * _shares(self.falls)[1:], self._rise())
+
+    def _thresholds(self, like: Tensor, level: float | Tensor | None) -> Tensor:
+        tau = super()._thresholds(like, level)
+        ratio = (PACE * self.returns).sigmoid() * (self._rise() / self._fall().clamp_min(LEAST))
+        return torch.cat([tau, ratio[:, None, :, None, None] * tau])
 
     def slope_range(self) -> Slopes:
-        """The lower end is -modulus whatever the parameters, and the rounding of the difference; the upper one that of the tables as
-        they are, in training mode too."""
+        """The lower end is -modulus whatever the parameters; the upper one that of the tables as they are, in training mode too.
+
+        Rounding as for PooledRamps; of T besides: of τ's factor that of two softmaxes, a sigmoid, and five operations.
+        """
         read = self._read(finite(self, Slopes(0.0, 1.0)))
-        unit = torch.finfo(self.mixture.dtype).eps
-        return replace(read, low=-self.modulus * (1 + 4 * unit), high=up(read.high + read.ulps * unit))
+        shares = 3 * len(self.mixture) + 26
+        ulps = read.ulps + 1.01 * (2 * shares + TRANSCENDENTAL + 9) * max(1.0, self.rise + self.modulus)
+        return replace(
+            read, low=-self.modulus, high=up(read.high + ulps * torch.finfo(self.mixture.dtype).eps), ulps=ulps
+        )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, modulus={self.modulus:g}"
+        return f"{super().extra_repr()}, modulus={self.modulus:g}, rise={self.rise:g}"
 
 
 def _shares(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.certificate import Certificate, Shape, rule
-from nonexpansive.nn.models import Denoiser, ProximalDenoiser
+from nonexpansive.nn.models import ImageDenoiser
 from nonexpansive.restore.operators import Operator
 from nonexpansive.restore.tiles import Tiled
 
@@ -43,13 +43,13 @@ def _deepinv_type() -> type[nn.Module]:
     return NonexpansiveDenoiser
 
 
-def to_deepinv(denoiser: Denoiser | ProximalDenoiser | Tiled) -> nn.Module:
+def to_deepinv(denoiser: ImageDenoiser | Tiled) -> nn.Module:
     """Our denoiser, in tiles or not, as a ``deepinv.models.Denoiser``: ``forward(x, sigma)``, σ a number or a tensor of one or B numbers.
 
     It is the same module within, ``.denoiser``, whose parameters deepinv's trainer trains: certify that one. For example
     ``deepinv.optim.PnP(denoiser=to_deepinv(load("denoiser-grey")))`` is a prior for ``deepinv.optim.PGD`` and the like.
     """
-    if not isinstance(denoiser, (Denoiser, ProximalDenoiser, Tiled)):
+    if not isinstance(denoiser, (ImageDenoiser, Tiled)):
         raise BadInput(f"a Denoiser of this library is expected, not {type(denoiser).__name__}")
     return _deepinv_type()(denoiser)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.certificate import Certificate
-from nonexpansive.nn.models import Denoiser, ProximalDenoiser
+from nonexpansive.nn.models import ImageDenoiser, ProximalDenoiser
 from nonexpansive.restore.iterate import STATES, Acceleration, Iteration, Report, averagedness, fixed_point, prove
 from nonexpansive.restore.likelihood import Gaussian, Likelihood
 from nonexpansive.restore.methods import METHODS, Method, splitting
@@ -139,7 +139,7 @@ def plan(
     no certificate, and says why.
     """
     channels = data.image_shape[0]
-    if isinstance(denoiser, (Denoiser, ProximalDenoiser)) and channels != denoiser.channels:
+    if isinstance(denoiser, ImageDenoiser) and channels != denoiser.channels:
         raise BadInput(
             f"the picture has {channels} channel(s), the denoiser takes {denoiser.channels}: choose the other model"
         )
@@ -163,13 +163,13 @@ def plan(
     level = rule.factor * likelihood.spread(y) + rule.floor if sigma is None else sigma
     if tau is None:
         tau = (rule.trust * level) ** 2 / likelihood.variance
-        longest = 1.99 if chosen == "forward-backward" else 1.0
+        longest = 1.99 if chosen == "forward-backward" and not isinstance(denoiser, ProximalDenoiser) else 1.0
         if smoothness and chosen != "red" and tau > longest / smoothness:
             tau = longest / smoothness
             level = math.sqrt(tau * likelihood.variance) / rule.trust if sigma is None else sigma
     iteration = splitting(
         chosen,
-        Tiled(denoiser, memory) if isinstance(denoiser, (Denoiser, ProximalDenoiser)) else denoiser,
+        Tiled(denoiser, memory) if isinstance(denoiser, ImageDenoiser) else denoiser,
         data,
         y,
         sigma=level,

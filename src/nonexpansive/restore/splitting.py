@@ -98,6 +98,11 @@ def _culprit(certificate: Certificate) -> str:
             f" The factor that fails: {part.rule}, which is non-expansive but not averaged. Nearest settings that are proved: relax that "
             "factor (strength t < 1: (1-t)I + tD), relax the iteration (relaxation λ < 1), or anchor it (Halpern)."
         )
+    if part.proximal:
+        return (
+            f" The factor that fails: {part.rule}, which is not averaged but the proximal map of a weakly convex function. Nearest setting "
+            "that is proved: half-quadratic or forward-backward with it as the last factor (strength 1, box=False), which descend."
+        )
     return (
         f" The factor that fails: {part.rule}, for which only L ≤ {above(part.lipschitz)} is known. No setting of the iteration mends "
         "that: use a denoiser that is averaged."
@@ -136,7 +141,7 @@ def _descent(chained: Certificate, smoothness: float) -> Certificate:
             f"{above(denoiser.lipschitz)}. The nearest settings that are proved: τ smaller in that proportion, or half-quadratic."
         )
     fields = {name: getattr(chained, name) for name in Certificate.__dataclass_fields__}
-    stated = "the objective is bounded below"
+    stated = "the objective is bounded below (with a ProximalDenoiser it is at least 0)"
     return Descent(**{**fields, "assumptions": (*chained.assumptions, stated)}, decrease=decrease)
 
 

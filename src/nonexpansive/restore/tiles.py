@@ -16,13 +16,13 @@ from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import Certificate, Shape, fold, rule
 from nonexpansive.math.enclosure import Affine
 from nonexpansive.math.rounding import root, times
-from nonexpansive.nn.models import Denoiser, ProximalDenoiser
+from nonexpansive.nn.models import Denoiser, ImageDenoiser, ProximalDenoiser
 
 ARRAYS = 6
 """Full-width arrays that one evaluation holds at once: state, pre-activation, activation, update, and the convolution's own."""
 
 
-def bytes_per_pixel(denoiser: Denoiser | ProximalDenoiser) -> float:
+def bytes_per_pixel(denoiser: ImageDenoiser) -> float:
     """About what evaluating the denoiser needs for each pixel of its input, in float32."""
     return 4 * (ARRAYS * denoiser.width + 3 * denoiser.channels)
 
@@ -36,7 +36,7 @@ class Tiled(nn.Module):
     what it needs, about ``bytes_per_pixel``.
     """
 
-    def __init__(self, denoiser: Denoiser | ProximalDenoiser, memory: float = 5e8) -> None:
+    def __init__(self, denoiser: ImageDenoiser, memory: float = 5e8) -> None:
         super().__init__()
         if not memory > 0:
             raise BadInput(f"memory is a number of bytes above 0, not {memory}")
