@@ -223,9 +223,12 @@ def test_zero_map_zero_input_and_empty_batch() -> None:
     assert torch.isfinite(resolvent(torch.zeros(2, *shape, dtype=torch.float64))).all()
     for parameter in resolvent.parameters():
         parameter.data.zero_()
-    x = sample(shape)
+    x, relative = sample(shape), Resolvent(nn.Linear(shape[0], 3), relative=True).double()
+    for parameter in relative.parameters():
+        parameter.data.zero_()
     for mode in (True, False):
         torch.testing.assert_close(resolvent.train(mode)(x), x)
+        torch.testing.assert_close(relative.train(mode)(x), x)
 
 
 def test_float32_half_inputs_and_autocast() -> None:

@@ -14,7 +14,7 @@ from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.activation import activation as find_activation
 from nonexpansive.math.activation import slopes
 from nonexpansive.math.rounding import above, down, times, up
-from nonexpansive.nn.control import NormControl, sound_norm
+from nonexpansive.nn.control import SMALLEST, NormControl, sound_norm
 from nonexpansive.nn.linear import affine, homogeneous, probe_shape
 
 PRESUMED = 0.6
@@ -80,7 +80,7 @@ class Resolvent(nn.Module):
 
     def length(self, norm: float) -> float:
         """h, for ‖A‖ ≤ ``norm``."""
-        return self.step if self.estimate is None else down(self.step / times(norm, norm))
+        return self.step if self.estimate is None else down(self.step / max(times(norm, norm), SMALLEST))
 
     def curvature(self, norm: float) -> tuple[float, float]:
         """(m, κ): F is m-strongly monotone and κ-Lipschitz, for ‖A‖ ≤ ``norm``. Raises Refused if m is not positive."""
@@ -100,7 +100,7 @@ class Resolvent(nn.Module):
         dtype = next((p.dtype for p in self.linear.parameters()), x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             start = x.to(dtype)
-            h, norms = self._norms(start)
+            h, norms = self._lengths(start)
             length = float(h.detach()) if isinstance(h, Tensor) else h
             z, condition = self._solve(start.detach(), length, norms, *level)
             if torch.is_grad_enabled():
@@ -109,7 +109,7 @@ class Resolvent(nn.Module):
                     z = _Implicit.apply(y, z, lambda g: self._solve_linear(g, z, length, condition, *level))
             return z.to(x.dtype)
 
-    def _norms(self, x: Tensor) -> tuple[float | Tensor, list[Callable[[], float]]]:
+    def _lengths(self, x: Tensor) -> tuple[float | Tensor, list[Callable[[], float]]]:
         """h, and values for ‖A‖ in the order in which the solver tries them. Training starts with an estimate."""
 
         def bound() -> float:
@@ -120,7 +120,7 @@ class Resolvent(nn.Module):
         if self.estimate is None:
             return self.step, [lambda: 1.1 * _estimate(self.linear, x), bound]
         squared = self.estimate.squared_norm(self.linear, homogeneous)
-        return (self.step / squared).to(x.dtype), [lambda: math.sqrt(float(squared.detach()))]
+        return (self.step / squared.clamp_min(SMALLEST)).to(x.dtype), [lambda: math.sqrt(float(squared.detach()))]
 
     def _gradient(self, z: Tensor, h: float | Tensor, *level: Tensor | float) -> Tensor:
         """h∇V(z) = hAᵀσ(Az + b)."""

@@ -129,7 +129,8 @@ def _descent(chained: Certificate, smoothness: float) -> Certificate:
 
         (M + R)(x⁺) ≤ (M + R)(x) - ½(1 + 1/L - s)‖x⁺ - x‖².
 
-    For a proximal step M is the Moreau envelope of τf, s = 1; for a gradient step M = τf, s = τL_f. (Attouch, Bolte & Svaiter 2013.)
+    For a proximal step M is the Moreau envelope of τf, s = 1; for a gradient step M = τf, s = τL_f. (Attouch, Bolte & Svaiter 2013;
+    with denoisers that are proximal maps: Hurault, Leclaire & Papadakis 2022, arXiv:2201.13256.)
     """
     denoiser = chained.parts[-1]
     inverse = down(1 / denoiser.lipschitz) if denoiser.lipschitz else 1.0
