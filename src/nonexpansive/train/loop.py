@@ -6,6 +6,7 @@ checkpoint is only the weights, their average, the optimiser's state and the ste
 
 from __future__ import annotations
 
+import atexit
 import copy
 import csv
 import io
@@ -365,7 +366,15 @@ def _launch(config: TrainConfig, accelerator: str, devices: int | None) -> Fabri
         accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=config.precision
     )
     fabric.launch()
+    if devices * nodes > 1:
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Leave the processes' group, whose threads must end before the interpreter does, or gloo aborts the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _optimiser(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
