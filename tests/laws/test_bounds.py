@@ -256,6 +256,20 @@ def test_at_a_shape_within_a_thousandth_of_larger_operators(channels: int, n: in
     assert estimate <= norm_bound(layer, (channels, n, n)) <= 1.001 * estimate
 
 
+@pytest.mark.parametrize("allowed", [0, 1e12])
+def test_the_operator_itself_is_factorised_where_nothing_else_is_tight(
+    allowed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_GRAM_FLOPS_AT_ONCE", 0), ("_GRAM_FLOPS", 0), ("_MOST_KEPT", 1)):
+        monkeypatch.setattr(bounds, name, value)
+    monkeypatch.setattr(bounds, "_GRAM_FLOPS_AT_MOST", allowed)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(12, 12, 3, padding=1)
+    true = norm(dense(layer, (12, 9, 9)))
+    assert true <= norm_bound(layer, (12, 9, 9)) * SVD_SLACK
+    assert (norm_bound(layer, (12, 9, 9)) <= 1.001 * true) == bool(allowed)
+
+
 def test_a_circular_convolution_has_its_norm_on_its_own_grid() -> None:
     for n in (8, 9, 31):
         layer = nn.Conv2d(2, 3, 5, padding=2, padding_mode="circular").double()

@@ -77,11 +77,12 @@ _COARSEST = 0.4  # boxes with a larger ρ are split unseen: cos ρ would be too 
 _LOOSEST = 4.9e-3  # accepted where refining further is too dear: a symbol that is flat has no boxes to discard
 _SYMBOL_FLOPS = 4e10
 _GRAM_FLOPS = 1.2e11  # about 3 s on one core
+_GRAM_FLOPS_AT_MOST = 1e12  # half a minute, where nothing else comes within 1.001
 _GRAM_FLOPS_AT_ONCE = 2e8  # so cheap that the symbol is not even looked at
-_ENTRIES = 2e7  # of the largest arrays, 160 MB
+_ENTRIES = 3.5e7  # of the largest arrays, 280 MB
 _CHUNK = 300_000  # entries of the symbol formed at once: what stays in a processor's cache
 _SLAB = 128  # slabs are not made thinner than this order
-_ORDER = 2**17  # of a Gram matrix: Lanczos keeps 40 vectors
+_ORDER = 2**17  # of a Gram matrix: Lanczos keeps 80 vectors
 _COMPRESSED_ORDER = 4096  # of a scalar Toeplitz matrix: 134 MB, factorised in about a second
 _MOST_KEPT = 16  # directions of either side that are kept exactly
 _SUBSPACE = 8  # leading singular vectors that choose them
@@ -435,6 +436,8 @@ def _bound(convolution: _Convolution, sizes: _Sizes | None) -> float:
         best = min(best, gram.bound())
     elif matters and _fits(convolution, sizes):
         best = min(best, _compression_bound(convolution, sizes, best))
+        if gram.flops <= _GRAM_FLOPS_AT_MOST and best > gram.estimate * (1 + 9e-4):
+            best = min(best, gram.bound())
     return best
 
 
@@ -957,7 +960,7 @@ class _Gram:
         if self.convolution.linear:
             gram = self.slabs[0][0]
             return _lanczos(lambda x: (gram @ x.view(groups, order, 1)).flatten(), groups * order)
-        return _lanczos(*self.convolution.normal(self.sizes))
+        return _lanczos(*self.convolution.normal(self.sizes), 80)
 
     @cached_property
     def slabs(self) -> tuple[list[Tensor], list[Tensor]]:
