@@ -25,7 +25,7 @@ from nonexpansive import certify, load, models
 from nonexpansive.checkpoint import DEFAULTS, FORMAT, path_of, read, save
 from nonexpansive.errors import BadCheckpoint, BadInput, Refused
 from nonexpansive.nn.classifier import Classifier
-from nonexpansive.nn.models import build
+from nonexpansive.nn.models import ProximalDenoiser, build
 from nonexpansive.sealed import _digest
 
 CONFIG: dict[str, Any] = {"channels": 1, "features": 8, "blocks": 2}
@@ -360,5 +360,10 @@ def test_shipped_models_load(name: str) -> None:
         assert proved.lipschitz == pytest.approx(claimed["lipschitz"], rel=1e-9)
         assert name not in DEFAULTS.values() or certify(model.features, model.shape).lipschitz <= 1
         return
-    averaged = certify(model, (model.channels, 32, 32)).averaged  # type: ignore[arg-type]
-    assert averaged is not None and averaged <= model.alpha  # type: ignore[operator]
+    certificate = certify(model, (model.channels, 32, 32))  # type: ignore[arg-type]
+    if isinstance(model, ProximalDenoiser):
+        assert certificate.proximal and certificate.lipschitz == pytest.approx(
+            read(path_of(name))[0].claimed["lipschitz"], rel=1e-6
+        )
+    else:
+        assert certificate.averaged is not None and certificate.averaged <= model.alpha  # type: ignore[operator]
