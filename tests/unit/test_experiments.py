@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from nonexpansive import certify
+from nonexpansive import certify, checkpoint
 from nonexpansive.errors import BadInput
 from nonexpansive.experiments import comparison, depth, listed, shipped
 from nonexpansive.experiments.comparison import Comparison, averaging, compare
 from nonexpansive.experiments.depth import steepest, worst_case
+from nonexpansive.experiments.training import train
 from nonexpansive.nn.classifier import Classifier, flow_classifier, paper_classifier
 from nonexpansive.nn.models import build
 from nonexpansive.train import Run
@@ -246,3 +247,28 @@ def test_the_digits_are_learned_with_certificates(tmp_path: Path) -> None:
     assert ordinary.clean.accuracy[0] > 0.94
     assert ordinary.certified.area < 0.1 * ours.certified.area
     assert ours.robust.area > ordinary.robust.area
+
+
+def test_a_training_starts_from_weights_of_its_own_shapes(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="needs scikit-learn, which ships the digits")
+
+    def trained(folder: str, *settings: str) -> dict[str, torch.Tensor]:
+        settings = ("train.steps=1", "train.learning_rate=1e-9", *settings)
+        run = Run.from_toml(shipped("classifier-digits"), settings)
+        return checkpoint.read(train(run, tmp_path, tmp_path / folder, accelerator="cpu", progress=False))[1]
+
+    first = trained("first", "train.seed=1")
+    fresh = trained("fresh")
+    start = f"train.start={tmp_path / 'first' / 'best.safetensors'}"
+    went_on = trained("second", start)
+    kernels = [name for name in first if name.endswith("linear.weight")]
+    assert len(kernels) >= 3
+    for name in kernels:
+        assert torch.allclose(went_on[name], first[name], atol=1e-6), name
+        assert not torch.allclose(fresh[name], first[name], atol=1e-3), name
+    with pytest.raises(BadInput, match="denoiser, not a flow_classifier"):
+        trained("third", "train.start=denoiser-grey-small")
+    with pytest.raises(BadInput, match=r"model\.stages was .*channels.*: 32.* now .*channels.*: 16"):
+        trained("fourth", start, "model.stages=[{unshuffle=2,channels=16,kernels=[3,3,3]}]")
+    with pytest.raises(BadInput, match="nowhere"):
+        trained("fifth", "train.start=nowhere")

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from nonexpansive import checkpoint
+from nonexpansive.errors import BadInput
 from nonexpansive.experiments.settings import Ledger
 from nonexpansive.nn.models import build
 from nonexpansive.train import Run, Task, build_task, fit
+from nonexpansive.train.config import differences
 
 TIMED = 6
 """The pace of a training is the median of so many steps, after as many that are not counted."""
@@ -93,4 +95,22 @@ def _network(run: Run, task: Task) -> tuple[Run, nn.Module]:
     """The run with what the data decide of the model, and that model at its start."""
     run = replace(run, kwargs={**getattr(task, "model_settings", {}), **run.kwargs})
     torch.manual_seed(run.train.seed)
-    return run, build(run.model, **run.kwargs)
+    network = build(run.model, **run.kwargs)
+    if run.train.start:
+        _begin(network, run)
+    return run, network
+
+
+def _begin(network: nn.Module, run: Run) -> None:
+    """Fill ``network`` with the weights that the run starts from. Raises BadInput where they are not its own."""
+    header, tensors = checkpoint.read(checkpoint.path_of(run.train.start))
+    if header.architecture != run.model:
+        raise BadInput(f"train.start = {run.train.start!r} is a {header.architecture}, not a {run.model}")
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        changed = differences({"name": run.model, **header.config}, run.to_dict()["model"], "model")
+        why = "; ".join(changed) or str(error)
+        raise BadInput(
+            f"train.start = {run.train.start!r} does not fit: {why}. Both must have the same shapes"
+        ) from error

@@ -30,9 +30,11 @@ class TrainConfig:
     (`cosine`) or linearly (`one_cycle`). `momentum` is SGD's and Muon's, and β₁ of Adam; `beta2` is Adam's, which Muon uses
     for biases and the last layer. `fourier_muon` is Muon with the updates of convolutions orthogonal at each frequency. `clip`
     bounds the Euclidean norm of the whole gradient and `ema` is the decay of the averaged weights, which are those validated
-    and exported; 0 turns either off. `batch` counts the samples of one step over all processes.
+    and exported; 0 turns either off. `batch` counts the samples of one step over all processes. `start` names the weights that the
+    model begins with, a shipped model or a file, in place of fresh ones: those of a model of the same shapes.
     """
 
+    start: str = ""
     steps: int = 40_000
     batch: int = 16
     learning_rate: float = 1e-3

@@ -419,8 +419,8 @@ def _remedy(out: Path) -> str:
 
 
 def _fixed(run: dict[str, Any]) -> dict[str, Any]:
-    """The settings on which a run's weights depend."""
-    return run | {"train": {name: value for name, value in run["train"].items() if name not in FREE}}
+    """The settings on which a run's weights depend; an empty one is as one not made."""
+    return run | {"train": {name: value for name, value in run["train"].items() if name not in FREE and value != ""}}
 
 
 def _checkpoints(out: Path) -> list[Path]:
