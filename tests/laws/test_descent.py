@@ -21,6 +21,7 @@ from nonexpansive.restore import (
     ProximalStep,
     Rescaled,
     fixed_point,
+    iterate,
     prove,
 )
 from nonexpansive.restore.splitting import ForwardBackward
@@ -80,6 +81,37 @@ def test_it_descends_by_what_is_stated_and_comes_to_rest(seed: int, modulus: flo
     assert torch.tensor(report.movements).square().sum().sqrt() <= 3**0.5 * bound * 1.01
 
 
+@pytest.mark.parametrize("method", ["half-quadratic", "forward-backward"])
+@pytest.mark.parametrize("seed", range(3))
+def test_acceleration_keeps_the_descent_and_takes_fewer_steps(seed: int, method: str) -> None:
+    data, y = problem(seed)
+    y, prior = y[:1], AtLevel(denoiser(seed), 0.15)
+    if method == "half-quadratic":
+        T: HalfQuadratic | ForwardBackward = HalfQuadratic(ProximalStep(data, y, 2.0), prior)
+    else:
+        T = ForwardBackward(GradientStep(data, y, 1 / data.lipschitz), prior)
+    certificate, start = prove(T, SHAPE), torch.zeros(1, *SHAPE).double()
+    assert isinstance(certificate, Descent)
+    settings = {"certificate": certificate, "tolerance": 1e-4, "iterations": 3000}
+    plain, fast = fixed_point(T, start, **settings), fixed_point(T, start, acceleration="anderson", **settings)
+    assert plain.converged and fast.converged and fast.iterations <= 0.7 * plain.iterations
+    assert fast.objective is not None
+    for before, after, moved in zip(fast.objective, fast.objective[1:], fast.movements, strict=False):
+        assert after <= before - certificate.decrease * moved**2 + 1e-4 * moved
+
+
+def test_proposals_that_are_not_lower_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, y = problem()
+    T = HalfQuadratic(ProximalStep(data, y, 2.0), AtLevel(denoiser(), 0.15))
+    start, settings = torch.zeros(3, *SHAPE).double(), {"certificate": prove(T, SHAPE), "tolerance": 1e-4}
+    plain = fixed_point(T, start, **settings)
+    torch.manual_seed(0)
+    for wild in (lambda x: x + torch.randn_like(x), lambda x: torch.full_like(x, torch.nan)):
+        monkeypatch.setattr(iterate, "propose", lambda point, residual, differences, wild=wild: wild(point))
+        fast = fixed_point(T, start, acceleration="anderson", **settings)
+        assert torch.equal(fast.image, plain.image) and fast.residuals == plain.residuals and fast.steps == plain.steps
+
+
 def test_a_run_that_contradicts_its_certificate_is_stopped() -> None:
     data, y = problem()
     T = HalfQuadratic(ProximalStep(data, y, 2.0), AtLevel(denoiser(), 0.15))
@@ -103,8 +135,6 @@ def test_what_is_not_proved_is_refused() -> None:
         with pytest.raises(Refused, match=f"(?s){why}"):
             prove(T, SHAPE)
     T = HalfQuadratic(ProximalStep(data, y, 2.0), D)
-    with pytest.raises(BadInput, match="without acceleration"):
-        fixed_point(T, torch.zeros(3, *SHAPE).double(), certificate=prove(T, SHAPE), acceleration="anderson")
     loose = HalfQuadratic(ProximalStep(data, y, 2.0), AtLevel(denoiser(tolerance=1e-3), 0.15))
     with pytest.raises(BadInput, match=r"tolerance of 7\.5e-05"):
         fixed_point(loose, torch.zeros(3, *SHAPE).double(), certificate=prove(loose, SHAPE), tolerance=3e-4)
@@ -121,6 +151,8 @@ def test_rescaled_and_at_sides_that_the_factor_does_not_divide() -> None:
             T, torch.zeros(2, *shape).double(), certificate=prove(T, shape), tolerance=1e-4, iterations=3000
         )
         assert report.converged and (report.objective is not None) == known
+        with pytest.raises(BadInput, match="without acceleration"):
+            fixed_point(T, torch.zeros(2, *shape).double(), certificate=prove(T, shape), acceleration="anderson")
     data, y = problem()
     T = HalfQuadratic(ProximalStep(data, y, 2.0), Rescaled(AtLevel(denoiser(), 0.1), 0.5))
     report = fixed_point(

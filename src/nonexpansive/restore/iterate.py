@@ -208,6 +208,32 @@ class Anderson:
         return torch.where(column(self.trial, ahead), proposal, self.ahead), refused
 
 
+class AndersonDescent:
+    """Anderson acceleration of an x ↦ T(x) that descends on F (:class:`Descent`): the proposal of :class:`Anderson` is the next point
+    where F is no larger there than at T(x), else T(x) is, sample by sample.
+
+    **Why it keeps the proof.** F(x_{k+1}) ≤ F(T(x_k)) ≤ F(x_k) - c‖T(x_k) - x_k‖², so Σ‖T(x_k) - x_k‖² ≤ (F(x_0) - inf F)/c: the
+    residuals tend to 0, and every cluster point of x_k is a fixed point of T. Nothing was used of how a proposal was made. A proposal
+    costs an evaluation of F, none of T.
+    """
+
+    def __init__(self, ahead: Tensor, residual: Tensor) -> None:
+        self.ahead, self.residual = ahead, residual
+        self.differences: list[tuple[Tensor, Tensor]] = []  # (ΔG, ΔT), oldest first
+
+    def advance(
+        self, ahead: Tensor, residual: Tensor, value: Tensor, objective: Callable[[Tensor], Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Where to evaluate T next (B, *shape), and F there (B,); ``value`` is F(T(x))."""
+        self.differences = [*self.differences, (residual - self.residual, ahead - self.ahead)][-MEMORY:]
+        self.ahead, self.residual = ahead, residual
+        proposal = propose(ahead, residual, self.differences)
+        there = objective(proposal)
+        assert there is not None
+        lower = there <= value  # NaN never is
+        return torch.where(column(lower, ahead), proposal, ahead), torch.where(lower, there, value)
+
+
 def column(mask: Tensor, like: Tensor) -> Tensor:
     """(B,) in the shape in which it meets (B, *shape)."""
     return mask.reshape(-1, *(1 for _ in like.shape[1:]))
@@ -254,7 +280,8 @@ def fixed_point(
     enough, or for ``iterations`` evaluations of T.
 
     ``certificate`` must prove T averaged on the shape of one sample (an anchored T: non-expansive), or that it descends
-    (:class:`Descent`); None runs an uncertified iteration, which the report says. ``acceleration`` "anderson": see :class:`Anderson`.
+    (:class:`Descent`); None runs an uncertified iteration, which the report says. ``acceleration`` "anderson": see :class:`Anderson`, and
+    :class:`AndersonDescent` for a T that descends, whose objective must be one that can be evaluated.
 
     An averaged T cannot let ‖T(x_k) - x_k‖ increase: with a certificate each sample's residual, in the norm of the certificate, is
     checked at each plain step against the one before it, within what the type of x can resolve and the certificate's own error. Of a
@@ -278,18 +305,22 @@ def fixed_point(
     began = time.perf_counter()
     noise, error = 64 * torch.finfo(x.dtype).eps, Affine() if certificate is None else certificate.error
     away = None if certificate is None or acceleration else scheme.distance(x)
-    image, anchor, accelerate = x, x, None
+    image, anchor = x, x
+    accelerate: Anderson | None = None
+    falling: AndersonDescent | None = None
     active = torch.ones(len(x), dtype=torch.bool, device=x.device)
     plain, steps, relative = active, [0] * len(x), x.new_zeros(len(x))
     descent = certificate if isinstance(certificate, Descent) and alpha is None else None
-    if descent is not None and acceleration:
-        raise BadInput("an iteration that is proved to descend, not to be averaged, is run without acceleration")
     if descent is not None and 4 * error.slope > tolerance:
         raise BadInput(
             f"to descend until the relative residual is {tolerance:g} the denoiser must be solved for to a tolerance of "
             f"{tolerance / 4:g}, not {error.slope:g}: set its tolerance, or stop at a residual of {4 * error.slope:g}"
         )
     value = scheme.objective(x) if descent is not None else None
+    if descent is not None and acceleration and value is None:
+        raise BadInput(
+            "the objective that this iteration descends on cannot be evaluated here: run it without acceleration"
+        )
     objective: list[float] = []
     before: Tensor | None = None  # ‖T(p) - p‖ at the point p that was taken last, of each sample
     residuals: list[float] = []
@@ -311,6 +342,7 @@ def fixed_point(
                     f"step {k}: the residual grew from {float(before[active].max()):.4g} to {float(moved[active].max()):.4g}, which its "
                     "certificate excludes. This is a defect: please report it with the model and the settings."
                 )
+        reached: Tensor | None = None  # F at the next point
         if descent is not None and value is not None:
             objective.append(float(value.sum()))
             after = scheme.objective(ahead)
@@ -326,10 +358,14 @@ def fixed_point(
                     f"step {k}: the objective went from {float(value[active].sum()):.8g} to {float(after[active].sum()):.8g}, which its "
                     "certificate excludes. This is a defect: please report it with the model and the settings."
                 )
-            value = after
+            reached = after
         taken, following = active, ahead
         if scheme.anchored:
             following = ahead + (anchor - ahead) / (k + 1)
+        elif falling is not None and reached is not None:
+            following, reached = falling.advance(ahead, residual, reached, scheme.objective)
+        elif acceleration and descent is not None:
+            falling = AndersonDescent(ahead, residual)
         elif accelerate is not None:
             following, refused = accelerate.advance(ahead, residual, moved, slack)
             taken, plain = active & ~refused, ~accelerate.trial
@@ -343,6 +379,8 @@ def fixed_point(
         steps = [k if running else done for running, done in zip(active.tolist(), steps, strict=True)]
         active = active & ~(taken & (relative <= tolerance))
         x = torch.where(column(active, x), following, x)
+        if value is not None and reached is not None:
+            value = torch.where(active, reached, value)
         if watch:
             watch(k, residuals[-1], image)
         if not bool(active.any()):
@@ -389,6 +427,7 @@ __all__ = [
     "NOT_CERTIFIED",
     "Acceleration",
     "Anderson",
+    "AndersonDescent",
     "Descent",
     "Iteration",
     "Renormed",

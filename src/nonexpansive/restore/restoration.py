@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.certificate import Certificate
 from nonexpansive.nn.models import ImageDenoiser, ProximalDenoiser
-from nonexpansive.restore.iterate import STATES, Acceleration, Iteration, Report, averagedness, fixed_point, prove
+from nonexpansive.restore.iterate import (
+    STATES,
+    Acceleration,
+    Descent,
+    Iteration,
+    Report,
+    averagedness,
+    fixed_point,
+    prove,
+)
 from nonexpansive.restore.likelihood import Gaussian, Likelihood
 from nonexpansive.restore.methods import METHODS, Method, splitting
 from nonexpansive.restore.steps import DataTerm
@@ -76,11 +85,12 @@ class Plan:
     ) -> Report:
         """Iterate to the fixed point; see :func:`nonexpansive.restore.iterate.fixed_point`.
 
-        ``acceleration`` "auto" is "anderson" where the iteration is proved averaged and the states that this keeps fit in the
-        plan's ``memory``, else None.
+        ``acceleration`` "auto" is "anderson" where the iteration is proved averaged, or to descend on an objective that can be
+        evaluated, and the states that this keeps fit in the plan's ``memory``, else None.
         """
         if acceleration == "auto":
-            acceleration = "anderson" if self.averaged is not None and self._remembers() else None
+            proved = self.averaged is not None or (isinstance(self.certificate, Descent) and self._evaluable())
+            acceleration = "anderson" if proved and self._remembers() else None
         return fixed_point(
             self.iteration,
             self.start,
@@ -90,6 +100,11 @@ class Plan:
             acceleration=acceleration,
             watch=watch,
         )
+
+    @torch.no_grad()
+    def _evaluable(self) -> bool:
+        scheme = self.iteration
+        return isinstance(scheme, Iteration) and scheme.objective(scheme.begin(self.start)) is not None
 
     def _remembers(self) -> bool:
         """Whether the acceleration may keep its states, and its plain steps are those of the certificate."""
