@@ -60,6 +60,27 @@ def test_deblur_a_clean_photograph(monkeypatch, tmp_path, photo, model, capsys):
     assert figure.stat().st_size > 1000
 
 
+def test_a_proximal_denoiser_is_solved_for_as_precisely_as_the_tolerance_needs(monkeypatch, tmp_path, capsys):
+    grey, result = tmp_path / "grey.png", tmp_path / "r.json"
+    write_image(grey, torch.linspace(0, 1, 24)[None, :, None] * torch.linspace(0, 1, 24)[None, None, :])
+    arguments = [
+        "--model",
+        "denoiser-grey-proximal",
+        "--kernel",
+        "box:3",
+        "--noise",
+        "1%",
+        "--degrade",
+        "--tolerance",
+        1e-4,
+    ]
+    assert run(monkeypatch, "deblur", grey, *arguments, "-o", tmp_path / "o.png", "--json", result) == 0
+    assert "descent on an objective is proved" in capsys.readouterr().out
+    values = json.loads(result.read_text())
+    assert values["converged"] and values["residuals"][-1] <= 1e-4 and values["acceleration"] == "anderson"
+    assert values["objective"][-1] < values["objective"][0]
+
+
 def test_restore_a_blurred_photograph_of_odd_size_with_unknown_surroundings(monkeypatch, tmp_path, photo, model):
     np.save(tmp_path / "k.npy", np.ones((3, 5)))
     out = tmp_path / "o.tiff"

@@ -115,7 +115,7 @@ def deblur(
     k = kernel(blur_kernel)
     picture = read_image(photo)
     boundary = boundary or ("circular" if degraded else "valid")
-    denoiser = the_denoiser(model, picture.tensor.shape[0], str(picture.path))
+    denoiser = the_denoiser(model, picture.tensor.shape[0], str(picture.path), tolerance)
     x = picture.tensor[None]
     shape = tuple(picture.tensor.shape)
     if degraded:

@@ -211,7 +211,9 @@ def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, A
             f"{tuple(data.data_shape)}: state the picture's --size, or other settings"
         )
     y = given[None] if clean is None else degrade(clean, data, job.likelihood, job.seed)
-    denoiser = the_denoiser(job.model, shape[0], str(job.source) if job.degraded else "the unknown picture")
+    denoiser = the_denoiser(
+        job.model, shape[0], str(job.source) if job.degraded else "the unknown picture", job.tolerance
+    )
     prepared = plan(y, data, denoiser, job.likelihood, memory=job.memory * 1e6, **job.chosen)
     if not name:
         show_plan(prepared, denoiser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, write_json
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import Certificate
 from nonexpansive.math.rounding import above
-from nonexpansive.nn.models import Denoiser, ImageDenoiser
+from nonexpansive.nn.models import Denoiser, ImageDenoiser, ProximalDenoiser
 from nonexpansive.restore.iterate import NOT_CERTIFIED, Acceleration, Descent, Report
 from nonexpansive.restore.restoration import Plan
 from nonexpansive.restore.tiles import Tiled
@@ -83,8 +84,9 @@ _loaded = functools.lru_cache(2)(checkpoint.load)
 """Once for all files of a folder."""
 
 
-def the_denoiser(name: str | None, channels: int, of: str) -> ImageDenoiser:
-    """The denoiser of that name or file, or the shipped one for pictures of so many channels."""
+def the_denoiser(name: str | None, channels: int, of: str, tolerance: float = math.inf) -> ImageDenoiser:
+    """The denoiser of that name or file, or the shipped one for pictures of so many channels. A proximal one is solved for as
+    precisely as an iteration to the relative residual ``tolerance`` needs."""
     if name is None and channels not in (1, 3):
         raise BadInput(f"{of} is of {channels} channels: the shipped denoisers are for 1 (grey) and 3 (colour)")
     module = _loaded(name or checkpoint.DEFAULTS["denoise" if channels == 3 else "denoise-grey"])
@@ -92,6 +94,8 @@ def the_denoiser(name: str | None, channels: int, of: str) -> ImageDenoiser:
         raise BadInput(f"{name} is a {type(module).__name__}, not a denoiser")
     if module.channels != channels:
         raise BadInput(f"{name} takes {module.channels} channel(s), but {of} has {channels}: choose another --model")
+    if isinstance(module, ProximalDenoiser):
+        module.tolerance = min(module.tolerance, tolerance / 4)
     return module
 
 
