@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from cases import Dense
+from nonexpansive import certify
 from nonexpansive.errors import BadInput, Diverging, Refused
-from nonexpansive.nn import Relaxed, Resolvent, WeaklyConvexRamps
+from nonexpansive.nn import Lifted, Relaxed, Resolvent, WeaklyConvexRamps
 from nonexpansive.nn.models import ProximalDenoiser
 from nonexpansive.restore import (
     AtLevel,
@@ -162,10 +163,20 @@ def test_rescaled_and_at_sides_that_the_factor_does_not_divide() -> None:
 
 
 def test_inputs_are_checked() -> None:
-    for settings, why in [({"channels": 2}, "channels"), ({"kernel": 2}, "odd")]:
+    for settings, why in [
+        ({"channels": 2}, "channels"),
+        ({"kernel": 2}, "odd"),
+        ({"kernel": -1}, "odd"),
+        ({"factor": 0}, "factor"),
+        ({"factor": 1, "kernel": 1}, "more than one pixel"),
+        ({"tolerance": 0.0}, "tolerance"),
+    ]:
         with pytest.raises(BadInput, match=why):
             ProximalDenoiser(**settings)
     model = denoiser()
+    for tolerance in (0.0, -1.0, 2.0, float("nan")):
+        with pytest.raises(BadInput, match="tolerance"):
+            model.tolerance = tolerance
     with pytest.raises(BadInput, match="images"):
         model(torch.zeros(1, 3, 4, 4).double(), 0.1)
     with pytest.raises(BadInput, match="at least 0"):
@@ -174,3 +185,106 @@ def test_inputs_are_checked() -> None:
         still = torch.rand(1, 1, 8, 8).double()
         torch.testing.assert_close(model(still, 0.0), still, atol=5e-3, rtol=0)  # no noise: hardly anything to do
     assert isinstance(model, nn.Module)
+
+
+def test_descent_takes_a_step_on_the_data_not_any_averaged_map() -> None:
+    """(1-t)I + tR with a rotation R is averaged but no I - ∇M: with a D that stretches it can turn for ever."""
+    D = denoiser()
+    turn = nn.Sequential(nn.ChannelShuffle(1), Box())
+    for first in (Relaxed(turn, 0.6), Box()):
+        with pytest.raises(Refused, match="not averaged"):
+            prove(HalfQuadratic(first, AtLevel(D, 0.15)), SHAPE)
+
+
+def test_what_is_made_of_an_iteration_that_descends_need_not_descend() -> None:
+    """PTP* of it can have a cycle, in which nothing falls."""
+    torch.manual_seed(0)
+    data = Dense((4, 3, 3))
+    linear = nn.Conv2d(4, 6, 1, bias=False)
+    D = Resolvent(linear, WeaklyConvexRamps(6, 2), relative=True, tolerance=1e-6).double().eval()
+    T = HalfQuadratic(ProximalStep(data, data.A(torch.rand(1, 4, 3, 3).double()), 1.0), D)
+    assert isinstance(prove(T, (4, 3, 3)), Descent)
+    assert not isinstance(certify(Lifted(T, 4, 1), (2, 3, 3)), Descent)
+    with pytest.raises(Refused, match="not proved"):
+        prove(Lifted(T, 4, 1), (2, 3, 3))
+
+
+def test_a_gradual_proximal_step_descends_too() -> None:
+    """(1-t)I + tD, t ≤ 1, is the gradient of a convex function as D is."""
+    data, y = problem()
+    T = HalfQuadratic(ProximalStep(data, y, 2.0), Relaxed(AtLevel(denoiser(), 0.15), 0.5))
+    certificate = prove(T, SHAPE)
+    assert isinstance(certificate, Descent)
+    assert certificate.decrease == pytest.approx((1 / 5.5) / 2, rel=1e-3)  # L = 0.5 + 0.5·10
+    report = fixed_point(T, torch.zeros(3, *SHAPE).double(), certificate=certificate, tolerance=1e-4, iterations=3000)
+    assert report.converged and report.objective is None
+
+
+def test_data_that_say_nothing_are_descended_on() -> None:
+    data = Dense((1, 4, 4))
+    data.matrix, data.norm, data.lipschitz = 0 * data.matrix, 0.0, 0.0
+    y = torch.zeros(1, *data.data_shape).double()
+    assert isinstance(prove(ForwardBackward(GradientStep(data, y, 1.0), AtLevel(denoiser(), 0.1)), (1, 4, 4)), Descent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_regulariser_is_not_negative_however_large_the_picture(dtype: torch.dtype) -> None:
+    """The ramps come back by s of what they rose, s ≤ 1 as computed, also where the sigmoid is 1 in the type of the weights."""
+    torch.manual_seed(20)
+    model = ProximalDenoiser(1, 1, 3).to(dtype).eval()
+    resolvent = model.lifted.inner
+    assert isinstance(resolvent, Resolvent) and isinstance(resolvent.activation, WeaklyConvexRamps)
+    with torch.no_grad():
+        resolvent.activation.shares[0] = -30
+        resolvent.activation.returns.fill_(10.0)
+        resolvent.activation.mixture.copy_(0.3 * torch.randn_like(resolvent.activation.mixture))
+    for log_threshold in (None, 20.0):  # e^80
+        if log_threshold is not None:
+            resolvent.activation.log_threshold.data.fill_(log_threshold)
+        for scale in (1.0, 1e6, 1e8, 1e10):
+            value = model.regulariser(scale * torch.rand(1, 1, 16, 16, dtype=dtype), 0.1)
+            assert value is not None and bool((value >= 0).all())
+
+
+def test_another_type_of_numbers_than_the_weights() -> None:
+    data, y = problem()
+    model = denoiser(tolerance=2e-5).float()
+    T = HalfQuadratic(ProximalStep(data, y, 2.0), AtLevel(model, 0.15))
+    start = torch.zeros(3, *SHAPE).double()
+    report = fixed_point(T, start, certificate=prove(T, SHAPE), tolerance=1e-3, acceleration="anderson")
+    assert report.converged and report.objective is not None and report.image.dtype == torch.float64
+
+
+def test_a_sample_does_not_feel_that_another_was_hard_to_solve_for() -> None:
+    ramps, linear = WeaklyConvexRamps(2, 1, 1, 0.1, 0.9), nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(2))
+        ramps.shares[0], ramps.shares[1], ramps.mixture[1], ramps.falls[1] = -9, 9, 9, 9
+        ramps.returns.fill_(2.0)
+    D = Resolvent(linear, ramps, 1.0, 1e-3, relative=True).double().eval()
+    easy, fallbacks, descend = torch.tensor([[0.5, 0.7]]).double(), 0, D._descend
+    for a in torch.linspace(0.05, 1.5, 25).tolist():
+        z = torch.tensor([[a, 0.0]]).double()
+        with torch.no_grad():
+            hard = z + D._gradient(z, 1.0)
+            calls: list[float] = []
+            D._descend = lambda *inputs, calls=calls: calls.append(inputs[4]) or descend(*inputs)  # type: ignore[method-assign]
+            both = D(torch.cat([easy, hard]))
+            fallbacks += len(calls) > 1
+            assert torch.equal(both, torch.cat([D(easy), D(hard)]))
+            assert (both[1] - z[0]).norm() <= D.deviation(float(hard.norm())) * 1.001
+    assert fallbacks
+
+
+def test_slopes_that_are_all_negative_make_the_problem_no_smoother() -> None:
+    class Falling(nn.Module):
+        def forward(self, t: torch.Tensor) -> torch.Tensor:
+            return -0.5 * t
+
+        def slope_range(self) -> tuple[float, float]:
+            return -0.5, -0.5
+
+    linear = nn.Linear(2, 2, bias=False)
+    linear.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.05]]))
+    z = Resolvent(linear, Falling(), tolerance=1e-6).double().eval()(torch.tensor([[1.0, 2.0]]).double())
+    assert torch.allclose(z, torch.tensor([[2.0, 2 / (1 - 0.5 * 0.0025)]]).double(), atol=1e-5)

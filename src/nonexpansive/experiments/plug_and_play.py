@@ -333,7 +333,10 @@ def _iteration(known: PlugAndPlay, prior: _Prior, problem: _Problem, noise: floa
 def _certificate(T: nn.Module, shape: Shape, required: bool) -> tuple[float | None, str]:
     """(α, "") of the iteration, or (None, why there is none); where it is ``required``, Refused passes through."""
     try:
-        return prove(T, shape).averaged, ""
+        certificate = prove(T, shape)
+        if certificate.averaged is None:
+            raise Refused("proved to descend, not to be averaged, which this experiment follows")
+        return certificate.averaged, ""
     except Refused as refusal:
         if required:
             raise

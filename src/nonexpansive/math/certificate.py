@@ -106,6 +106,10 @@ class Certificate:
                 averaged = contraction
         return replace(self, averaged=averaged, growth=growth)
 
+    def plain(self) -> Certificate:
+        """The same without what a subclass adds: a map that is made of an iteration need not inherit what is proved of that."""
+        return Certificate(**{name: getattr(self, name) for name in Certificate.__dataclass_fields__})
+
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Certificate]]:
         """This certificate and its parts, each with its depth in the tree."""
         yield depth, self
@@ -336,7 +340,10 @@ def entries(shape: Shape) -> int:
 
 
 def relaxed(inner: Certificate, t: float, unit: float) -> Certificate:
-    """(1-t)I + tT, t ≥ 0: α' = tα where that is below 1 (α = 1 for a T that is non-expansive), and L ≤ |1-t| + tL in any case."""
+    """(1-t)I + tT, t ≥ 0: α' = tα where that is below 1 (α = 1 for a T that is non-expansive), and L ≤ |1-t| + tL in any case.
+
+    For t ≤ 1 it is proximal if T is: the gradient of a convex function, as a sum of two such.
+    """
     if inner.domain != inner.codomain:
         raise Refused(f"relaxation needs a map into its own space, not {inner.domain} → {inner.codomain}")
     if not t >= 0:
@@ -346,7 +353,7 @@ def relaxed(inner: Certificate, t: float, unit: float) -> Certificate:
     lipschitz = plus(up(abs(1 - t)), times(t, inner.lipschitz))
     size = entries(inner.domain)
     out = Enclosure.input(unit, size).lerp(Enclosure(inner.growth, inner.error, unit, size), t)
-    return from_enclosure(
+    certificate = from_enclosure(
         out,
         lipschitz=min(1.0, lipschitz) if averaged <= 1 else lipschitz,
         averaged=averaged if averaged < 1 else None,
@@ -355,4 +362,5 @@ def relaxed(inner: Certificate, t: float, unit: float) -> Certificate:
         rule=f"relaxation (1-t)I + tT, t = {t:g}",
         assumptions=inner.assumptions,
         parts=(inner,),
-    ).sharpened()
+    )
+    return replace(certificate, proximal=inner.proximal and t <= 1).sharpened()

@@ -75,7 +75,9 @@ class Resolvent(nn.Module):
 
     def potential(self, z: Tensor, *level: Tensor | float) -> Tensor:
         """hV(z) of each sample, (B,), in float64, up to a constant, for a σ that has a ``potential``; in evaluation mode."""
-        value = self.activation.potential(affine(self.linear, z)[0], *level)  # type: ignore[operator]
+        with torch.autocast(z.device.type, enabled=False):
+            t, _ = affine(self.linear, z.to(next((p.dtype for p in self.linear.parameters()), z.dtype)))
+            value = self.activation.potential(t, *level)  # type: ignore[operator]
         return self.length(sound_norm(self.linear)) * value
 
     def length(self, norm: float) -> float:
@@ -86,7 +88,7 @@ class Resolvent(nn.Module):
         """(m, κ): F is m-strongly monotone and κ-Lipschitz, for ‖A‖ ≤ ``norm``. Raises Refused if m is not positive."""
         slope = slopes(self.activation)
         reach = self.step if self.estimate is not None else times(self.step, times(norm, norm))
-        m, kappa = down(1 - times(reach, max(0.0, -slope.low))), up(1 + times(reach, slope.high))
+        m, kappa = down(1 - times(reach, max(0.0, -slope.low))), up(1 + times(reach, max(0.0, slope.high)))
         if not m > 0:
             raise Refused(
                 f"{self.activation} decreases with slopes down to {slope.low:g}; times h‖A‖² ≤ {above(reach)} that is not below 1, so the"
@@ -133,48 +135,50 @@ class Resolvent(nn.Module):
     ) -> tuple[Tensor, float]:
         """z, and the condition number κ/m for its derivative. Nesterov's method for m-strongly convex, κ-smooth functions (*Lectures
         on Convex Optimization*, 2.2.22), which stays right for a κ that is too large. It is tried first as if m were at least PRESUMED,
-        as it mostly is near the solution; where that, or an estimate of ‖A‖, fails, the bounds decide."""
-        ratio, z = math.inf, x
+        as it mostly is near the solution; the samples for which that, or an estimate of ‖A‖, fails, are solved by the bounds."""
+        start, worst = x, math.inf
         for norm in norms:
             m, kappa = self.curvature(norm())
             if self.training and self.estimate is not None:
                 kappa *= 1.1  # for what the estimate is short of ‖A‖²
             target = m * self.tolerance * _norms(x).clamp_min(REFERENCE)
             for convexity in sorted({m, max(m, PRESUMED)}, reverse=True):
-                z, ratio = self._descend(x, target, h, convexity, kappa, *level)
-                if ratio <= 1:
+                z, ratios = self._descend(x, start, target, h, convexity, kappa, *level)
+                solved = ratios <= 1
+                if bool(solved.all()):
                     return z, kappa / m
+                worst = float(ratios.max())
+                start = torch.where(solved.reshape(-1, *(1 for _ in x.shape[1:])), z, x)
         raise Diverging(
-            f"the resolvent's residual is {ratio:.3g} times its tolerance {self.tolerance:g} after the iterations that"
+            f"the resolvent's residual is {worst:.3g} times its tolerance {self.tolerance:g} after the iterations that"
             f" suffice in exact arithmetic: {x.dtype} cannot resolve it for a step of {h:.3g}. Raise the"
             " tolerance, lower the step, or use float64"
         )
 
     def _descend(
-        self, x: Tensor, target: Tensor, h: float, m: float, kappa: float, *level: Tensor | float
-    ) -> tuple[Tensor, float]:
-        """The solution and the largest ratio of residual to target."""
+        self, x: Tensor, start: Tensor, target: Tensor, h: float, m: float, kappa: float, *level: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """From ``start``: the solutions, and the ratios (B,) of their residuals to the targets. A sample does not feel the others: it
+        rests once it is solved, or has had the iterations that suffice in theory."""
         root = math.sqrt(kappa / m)
         momentum = (root - 1) / (root + 1)
         column = (-1, *(1 for _ in x.shape[1:]))
-        z = y = x
-        most = k = 0
+        z = y = start
+        most, k = torch.zeros_like(target), 0
         while True:
             residual = y - x + self._gradient(y, h, *level)
             ratios = _norms(residual) / target
-            worst = float(ratios.max()) if len(ratios) else 0.0
             if k == 0:
-                if not math.isfinite(worst):
+                if not bool(ratios.isfinite().all()):
                     raise BadInput("the input or the weights of a resolvent are not finite")
                 # with q = κ/m: ‖F(y_k)‖ ≤ 3√2 q (1 - 1/√q)^{(k-1)/2} ‖F(x)‖, from f(z_k) - f* ≤ (1 - 1/√q)^k ‖F(x)‖²/m
-                most = 1 + math.ceil(2 * root * math.log(3 * math.sqrt(2) * kappa / m * max(worst, 1.0)))
-            if worst <= 1 or k == most or not math.isfinite(worst):
-                return y, worst
+                most = 1 + (2 * root * (3 * math.sqrt(2) * kappa / m * ratios.clamp_min(1.0)).log()).ceil()
+            active = (ratios > 1) & (k < most)
+            if not bool(active.any()):
+                return y, ratios
             k += 1
             ahead = y - residual / kappa
-            # a solved sample rests, so that its result does not depend on the others
-            active = (ratios > 1).reshape(column)
-            y = torch.where(active, torch.lerp(z, ahead, 1 + momentum), y)
+            y = torch.where(active.reshape(column), torch.lerp(z, ahead, 1 + momentum), y)
             z = ahead
 
     @torch.no_grad()

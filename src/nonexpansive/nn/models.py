@@ -93,7 +93,8 @@ class ImageDenoiser(nn.Module):
         raise NotImplementedError
 
     def level(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
-        """σ relative to REFERENCE_LEVEL. Raises BadInput for images of other channels, or a negative σ."""
+        """σ relative to REFERENCE_LEVEL. Raises BadInput for images of other channels, or a negative number for σ (a tensor is
+        not looked at, which would stall a device; its negative entries count as 0)."""
         if noisy.ndim != 4 or noisy.shape[1] != self.channels:
             raise BadInput(f"this denoiser takes images (B, {self.channels}, H, W), not {tuple(noisy.shape)}")
         if not isinstance(sigma, Tensor) and not sigma >= 0:
@@ -239,8 +240,12 @@ class ProximalDenoiser(ImageDenoiser):
         super().__init__()
         if channels not in (1, 3):
             raise BadInput(f"channels must be 1 (grey) or 3 (colour), not {channels}")
-        if kernel % 2 == 0:
+        if kernel % 2 == 0 or kernel < 1:
             raise BadInput(f"kernel must be odd, so that the filters keep the image's size; not {kernel}")
+        if factor < 1 or factor * kernel < 2:
+            raise BadInput(
+                f"factor is at least 1, and filters see more than one pixel; not {factor} and kernel {kernel}"
+            )
         self.channels = channels
         inputs, outputs = channels * factor**2, channels * ((factor * kernel) ** 2 - 1)
         linear = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
@@ -273,6 +278,8 @@ class ProximalDenoiser(ImageDenoiser):
 
     @tolerance.setter
     def tolerance(self, tolerance: float) -> None:
+        if not 0 < tolerance < 1:
+            raise BadInput(f"the tolerance of the solver is relative, in (0, 1), not {tolerance}")
         self._tolerance = float(tolerance)
         self.train(self.training)
 
@@ -298,7 +305,7 @@ def _denoiser(module: ImageDenoiser, shape: Shape, unit: float) -> Certificate:
     y = Enclosure(norm, error, unit, size)
     y = y.rounded(y.computed, roundings * largest) + half
     return replace(
-        inner,
+        inner.plain(),
         growth=y.norm,
         error=y.error,
         rule=f"{type(module).__name__}: a translation of PTP*, for every fixed noise level",

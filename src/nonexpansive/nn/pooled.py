@@ -25,8 +25,8 @@ FLOOR = 1e-8
 """ε in the energies: keeps the amplitude's gradient finite at 0."""
 
 
-LEAST = 1e-6
-"""A smaller n counts as this in T = s p τ/n, so that T is finite; n T ≤ s p τ remains."""
+LEAST, LARGEST = 1e-6, 1e25
+"""A smaller n and a larger τ count as these in T = s p τ/n, so that T is finite; n T ≤ s p τ remains."""
 
 
 class PooledRamps(nn.Module):
@@ -201,18 +201,21 @@ class WeaklyConvexRamps(PooledRamps):
         return torch.minimum(self.modulus * _shares(self.falls)[1:], self._rise())
 
     def _thresholds(self, like: Tensor, level: float | Tensor | None) -> Tensor:
-        tau = super()._thresholds(like, level)
-        ratio = (PACE * self.returns).sigmoid() * (self._rise() / self._fall().clamp_min(LEAST))
+        tau = super()._thresholds(like, level).clamp(max=LARGEST)
+        share = (PACE * self.returns).sigmoid() * (
+            1 - 4 * torch.finfo(self.returns.dtype).eps
+        )  # n T ≤ p τ as computed, too
+        ratio = share * (self._rise() / self._fall().clamp_min(LEAST))
         return torch.cat([tau, ratio[:, None, :, None, None] * tau])
 
     def slope_range(self) -> Slopes:
         """The lower end is -modulus whatever the parameters; the upper one that of the tables as they are, in training mode too.
 
-        Rounding as for PooledRamps; of T besides: of τ's factor that of two softmaxes, a sigmoid, and five operations.
+        Rounding as for PooledRamps; of T besides: of τ's factor that of two softmaxes, a sigmoid with its margin, and six operations.
         """
         read = self._read(finite(self, Slopes(0.0, 1.0)))
         shares = 3 * len(self.mixture) + 26
-        ulps = read.ulps + 1.01 * (2 * shares + TRANSCENDENTAL + 9) * max(1.0, self.rise + self.modulus)
+        ulps = read.ulps + 1.01 * (2 * shares + TRANSCENDENTAL + 14) * max(1.0, self.rise + self.modulus)
         return replace(
             read, low=-self.modulus, high=up(read.high + ulps * torch.finfo(self.mixture.dtype).eps), ulps=ulps
         )

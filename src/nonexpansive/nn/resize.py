@@ -74,7 +74,7 @@ def _lifted(module: Lifted, shape: Shape, unit: float) -> Certificate:
     inner = fold(module.inner, module.inner_shape(shape), unit)
     if inner.codomain != inner.domain:
         raise Refused(f"Lifted needs an inner map into its own space, not {inner.domain} → {inner.codomain}")
-    return replace(inner, domain=shape, codomain=shape, rule="Lifted: PTP* with an isometry P*", parts=(inner,))
+    return replace(inner.plain(), domain=shape, codomain=shape, rule="Lifted: PTP* with an isometry P*", parts=(inner,))
 
 
 class Scale(nn.Module):

@@ -145,10 +145,10 @@ def plan(
 
     ``method`` defaults to half-quadratic for Gaussian noise where the proximal map of the data term has a closed form, else to
     forward-backward; for photons to primal-dual, with the denoiser relaxed to α ≤ 1/2 (``relax``), as steps on their steep gradient are
-    short. ``sigma`` (the denoiser's level) and ``tau`` default to a rule in the noise alone (:data:`STRENGTH`); where a step
-    on the gradient may not be that long, both become smaller together. ``box`` defaults to the projection on [0, 1]ⁿ for these two
-    methods, so that a fixed point exists; to none for others, and for a proximal denoiser, which descends only without. The rest is as
-    for :func:`splitting`.
+    short; a proximal denoiser goes with forward-backward there. ``sigma`` (the denoiser's level) and ``tau`` default to a rule in the
+    noise alone (:data:`STRENGTH`); where a step on the gradient may not be that long, both become smaller together. ``box`` defaults to
+    the projection on [0, 1]ⁿ for these two methods, so that a fixed point exists; to none for others, and for a proximal denoiser,
+    which descends only without. The rest is as for :func:`splitting`.
 
     Raises Refused where convergence is not proved, with the nearest setting that would be, unless ``uncertified``: then the plan holds
     no certificate, and says why.
@@ -158,27 +158,30 @@ def plan(
         raise BadInput(
             f"the picture has {channels} channel(s), the denoiser takes {denoiser.channels}: choose the other model"
         )
+    inner = denoiser.denoiser if isinstance(denoiser, Tiled) else denoiser
+    descends = isinstance(inner, ProximalDenoiser)
     likelihood = noise if not isinstance(noise, (int, float)) else Gaussian(noise)
     gaussian = isinstance(likelihood, Gaussian)
     if gaussian and likelihood.noise < SMALLEST_NOISE:
         likelihood = Gaussian(SMALLEST_NOISE)
     chosen: Method
     if method is None:
-        chosen = ("half-quadratic" if has_prox(data, y) else "forward-backward") if gaussian else "primal-dual"
+        chosen = "forward-backward" if gaussian or descends else "primal-dual"
+        chosen = "half-quadratic" if gaussian and has_prox(data, y) else chosen
         relax = chosen == "primal-dual" if relax is None else relax
     elif method in METHODS:
         chosen = method  # type: ignore[assignment]
     else:
         raise BadInput(f"no method {method!r}: there are {', '.join(METHODS)}")
     if box is None:
-        box = chosen in ("half-quadratic", "forward-backward") and not isinstance(denoiser, ProximalDenoiser)
+        box = chosen in ("half-quadratic", "forward-backward") and not descends
     rule, smoothness = STRENGTH[chosen], None
     if chosen in ("forward-backward", "red") or (chosen == "primal-dual" and box):
         smoothness = data.lipschitz * likelihood.smoothness(y)
     level = rule.factor * likelihood.spread(y) + rule.floor if sigma is None else sigma
     if tau is None:
         tau = (rule.trust * level) ** 2 / likelihood.variance
-        longest = 1.99 if chosen == "forward-backward" and not isinstance(denoiser, ProximalDenoiser) else 1.0
+        longest = 1.99 if chosen == "forward-backward" and not descends else 1.0
         if smoothness and chosen != "red" and tau > longest / smoothness:
             tau = longest / smoothness
             level = math.sqrt(tau * likelihood.variance) / rule.trust if sigma is None else sigma

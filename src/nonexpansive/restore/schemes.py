@@ -93,4 +93,4 @@ class Halpern(_Of):
 def _halpern(module: Halpern, shape: Shape, unit: float) -> Certificate:
     inner = require_nonexpansive(module.inner, shape, unit)
     name = "Halpern iteration: anchored at its start with weights 1/(k+2), of a non-expansive map"
-    return replace(inner, lipschitz=min(1.0, inner.lipschitz), rule=name, parts=(inner,))
+    return replace(inner.plain(), lipschitz=min(1.0, inner.lipschitz), rule=name, parts=(inner,))

@@ -101,7 +101,7 @@ def _culprit(certificate: Certificate) -> str:
     if part.proximal:
         return (
             f" The factor that fails: {part.rule}, which is not averaged but the proximal map of a weakly convex function. Nearest setting "
-            "that is proved: half-quadratic or forward-backward with it as the last factor (strength 1, box=False), which descend."
+            "that is proved: half-quadratic or forward-backward, its last factor (box=False, strength at most 1), which descend."
         )
     return (
         f" The factor that fails: {part.rule}, for which only L ≤ {above(part.lipschitz)} is known. No setting of the iteration mends "
@@ -112,8 +112,14 @@ def _culprit(certificate: Certificate) -> str:
 @rule(ForwardBackward, HalfQuadratic)
 def _splitting(module: Splitting, shape: Shape, unit: float) -> Certificate:
     certificate = _chained(module, shape, unit)
-    if certificate.averaged is None and len(module) == 2 and certificate.parts[1].proximal:
-        return _descent(certificate, times(2.0, certificate.parts[0].averaged or math.inf))
+    step = module[0] if len(module) == 2 else None
+    if (
+        certificate.averaged is None
+        and isinstance(step, (GradientStep, ProximalStep))
+        and certificate.parts[1].proximal
+    ):
+        # no other averaged map will do: that it is I - ∇M is what the proof takes
+        return _descent(certificate, 1.0 if isinstance(step, ProximalStep) else times(step.tau, step.smoothness()))
     if certificate.averaged is None:
         raise Refused(
             f"{module.method}: a factor is not averaged, so convergence is not proved.{_culprit(certificate)}\n{certificate}"
@@ -141,9 +147,16 @@ def _descent(chained: Certificate, smoothness: float) -> Certificate:
             f"{below(1 + inverse)} is needed with a denoiser that is the proximal map of a weakly convex function, of L ≤ "
             f"{above(denoiser.lipschitz)}. The nearest settings that are proved: τ smaller in that proportion, or half-quadratic."
         )
-    fields = {name: getattr(chained, name) for name in Certificate.__dataclass_fields__}
+    fields = vars(chained.plain())
     stated = "the objective is bounded below (with a ProximalDenoiser it is at least 0)"
     return Descent(**{**fields, "assumptions": (*chained.assumptions, stated)}, decrease=decrease)
+
+
+def _descends(denoiser: Certificate) -> str:
+    """The way out for a denoiser that is proximal and not averaged."""
+    if not denoiser.proximal:
+        return ""
+    return " It is the proximal map of a weakly convex function: half-quadratic and forward-backward descend with it."
 
 
 def require_firm(map: Certificate, which: str, method: str, why: str) -> None:
@@ -152,7 +165,7 @@ def require_firm(map: Certificate, which: str, method: str, why: str) -> None:
         return
     alpha = "unknown" if map.averaged is None else above(map.averaged)
     known = map.averaged or (1.0 if map.nonexpansive else math.inf)
-    remedy = "" if known > 1 else (
+    remedy = _descends(map) if known > 1 else (
         f" Relax it: Relaxed({which}, t={below(0.5 / known)}) has α ≤ 1/2 (relax=True, or --relax, does so), or use forward-backward."
     )  # fmt: skip
     raise Refused(f"{method} needs a {which} with α ≤ 1/2, {why}; its α is {alpha}.{remedy}")
@@ -234,7 +247,8 @@ def _red(module: GradientRED, shape: Shape, unit: float) -> Certificate:
     known = denoiser.averaged if denoiser.averaged is not None else 1.0
     if denoiser.averaged is None and not denoiser.nonexpansive:
         raise Refused(
-            f"RED needs a denoiser that is non-expansive (α ≤ 1); of {denoiser.rule} only L ≤ {above(denoiser.lipschitz)} is known"
+            f"RED needs a denoiser that is non-expansive (α ≤ 1); of {denoiser.rule} only L ≤ {above(denoiser.lipschitz)} is known."
+            f"{_descends(denoiser)}"
         )
     stated, data = module.gradient.stated(shape, unit), module.gradient.smoothness()
     total = plus(data, times(2 * weight, known))
