@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -45,6 +45,9 @@ STRENGTH: dict[Method, Strength] = {
 }
 """Chosen for deblurring by half-quadratic and forward-backward, on training photographs and other kernels than those reported (see
 docs/training.md); from the noise alone, not per picture. The others, and other forward models, take it over untuned."""
+
+PROXIMAL_TRUST = 1.7
+"""``trust`` of a proximal denoiser in place of those, chosen alike (see docs/training.md)."""
 
 SMALLEST_NOISE = 0.25 / 255
 """Noise below this (that of rounding to 8 bits) is taken as this: data are never trusted without limit."""
@@ -176,6 +179,7 @@ def plan(
     if box is None:
         box = chosen in ("half-quadratic", "forward-backward") and not descends
     rule, smoothness = STRENGTH[chosen], None
+    rule = replace(rule, trust=PROXIMAL_TRUST) if descends else rule
     if chosen in ("forward-backward", "red") or (chosen == "primal-dual" and box):
         smoothness = data.lipschitz * likelihood.smoothness(y)
     level = rule.factor * likelihood.spread(y) + rule.floor if sigma is None else sigma
