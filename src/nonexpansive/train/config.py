@@ -34,7 +34,6 @@ class TrainConfig:
     model begins with, a shipped model or a file, in place of fresh ones: those of a model of the same shapes.
     """
 
-    start: str = ""
     steps: int = 40_000
     batch: int = 16
     learning_rate: float = 1e-3
@@ -47,6 +46,7 @@ class TrainConfig:
     clip: float = 0.0
     ema: float = 0.0
     seed: int = 0
+    start: str = ""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     compile: bool = False
     channels_last: bool = False
