@@ -261,13 +261,13 @@ def test_a_sample_does_not_feel_that_another_was_hard_to_solve_for() -> None:
         ramps.shares[0], ramps.shares[1], ramps.mixture[1], ramps.falls[1] = -9, 9, 9, 9
         ramps.returns.fill_(2.0)
     D = Resolvent(linear, ramps, 1.0, 1e-3, relative=True).double().eval()
-    easy, fallbacks, descend = torch.tensor([[0.5, 0.7]]).double(), 0, D._descend
+    easy, fallbacks, iterate = torch.tensor([[0.5, 0.7]]).double(), 0, D._iterate
     for a in torch.linspace(0.05, 1.5, 25).tolist():
         z = torch.tensor([[a, 0.0]]).double()
         with torch.no_grad():
             hard = z + D._gradient(z, 1.0)
             calls: list[float] = []
-            D._descend = lambda *inputs, calls=calls: calls.append(inputs[4]) or descend(*inputs)  # type: ignore[method-assign]
+            D._iterate = lambda *inputs, calls=calls: calls.append(inputs[4]) or iterate(*inputs)  # type: ignore[method-assign]
             both = D(torch.cat([easy, hard]))
             fallbacks += len(calls) > 1
             assert torch.equal(both, torch.cat([D(easy), D(hard)]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from nonexpansive import certify
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.tableau import tableau
+from nonexpansive.nn import implicit
 from nonexpansive.nn.control import sound_norm
 from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.linear import homogeneous
@@ -215,6 +217,36 @@ def test_a_sample_does_not_depend_on_the_others() -> None:
     resolvent, shape = built(0, step=30.0, tolerance=1e-4)
     x = sample(shape, 6) * torch.logspace(-3, 3, 6, dtype=torch.float64)[:, None]
     torch.testing.assert_close(resolvent(x), torch.cat([resolvent(row[None]) for row in x]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("proposal", [lambda y: y, lambda y: y + 1e30, lambda y: y * math.nan])
+def test_whatever_the_quick_solver_proposes_the_solution_is_right(
+    proposal: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolvent, shape = built(3, "softplus", 5.0, 1e-6)
+    x = sample(shape)
+    right = resolvent(x)
+    monkeypatch.setattr(implicit._QuasiNewton, "__call__", lambda _, y, residual: proposal(y))
+    assert (norms(resolvent(x) - right) <= 2 * resolvent.deviation(float(norms(x).max()))).all()
+
+
+def test_the_quick_solver_takes_fewer_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    for quick in (True, False):
+        resolvent, shape = built(3, "softplus", 30.0, 1e-6)
+        if not quick:
+            monkeypatch.setattr(implicit, "_QuasiNewton", lambda kappa: implicit._Nesterov(implicit.PRESUMED, kappa))
+        evaluations, gradient = 0, resolvent._gradient
+
+        def counted(*inputs: Any, gradient: Any = gradient) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return gradient(*inputs)
+
+        monkeypatch.setattr(resolvent, "_gradient", counted)
+        resolvent(sample(shape))
+        counts.append(evaluations)
+    assert 1.5 * counts[0] < counts[1]
 
 
 def test_zero_map_zero_input_and_empty_batch() -> None:

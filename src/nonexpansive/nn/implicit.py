@@ -133,38 +133,41 @@ class Resolvent(nn.Module):
     def _solve(
         self, x: Tensor, h: float, norms: list[Callable[[], float]], *level: Tensor | float
     ) -> tuple[Tensor, float]:
-        """z, and the condition number κ/m for its derivative. Nesterov's method for m-strongly convex, κ-smooth functions (*Lectures
-        on Convex Optimization*, 2.2.22), which stays right for a κ that is too large. It is tried first as if m were at least PRESUMED,
-        as it mostly is near the solution; the samples for which that, or an estimate of ‖A‖, fails, are solved by the bounds."""
+        """z, and the condition number κ/m for its derivative. :class:`_QuasiNewton` is tried first, for as many iterations as would
+        suffice if m were at least PRESUMED; the samples for which that, or an estimate of ‖A‖, fails are solved by :class:`_Nesterov`."""
         start, worst = x, math.inf
         for norm in norms:
             m, kappa = self.curvature(norm())
             if self.training and self.estimate is not None:
                 kappa *= 1.1  # for what the estimate is short of ‖A‖²
             target = m * self.tolerance * _norms(x).clamp_min(REFERENCE)
-            for convexity in sorted({m, max(m, PRESUMED)}, reverse=True):
-                z, ratios = self._descend(x, start, target, h, convexity, kappa, *level)
+            for advance, convexity in ((_QuasiNewton(kappa), max(m, PRESUMED)), (_Nesterov(m, kappa), m)):
+                z, ratios = self._iterate(x, start, target, h, advance, kappa / convexity, *level)
                 solved = ratios <= 1
                 if bool(solved.all()):
                     return z, kappa / m
                 worst = float(ratios.max())
-                start = torch.where(solved.reshape(-1, *(1 for _ in x.shape[1:])), z, x)
+                start = torch.where(_column(solved, x), z, x)
         raise Diverging(
             f"the resolvent's residual is {worst:.3g} times its tolerance {self.tolerance:g} after the iterations that"
             f" suffice in exact arithmetic: {x.dtype} cannot resolve it for a step of {h:.3g}. Raise the"
             " tolerance, lower the step, or use float64"
         )
 
-    def _descend(
-        self, x: Tensor, start: Tensor, target: Tensor, h: float, m: float, kappa: float, *level: Tensor | float
+    def _iterate(
+        self,
+        x: Tensor,
+        start: Tensor,
+        target: Tensor,
+        h: float,
+        advance: Callable[[Tensor, Tensor], Tensor],
+        condition: float,
+        *level: Tensor | float,
     ) -> tuple[Tensor, Tensor]:
         """From ``start``: the solutions, and the ratios (B,) of their residuals to the targets. A sample does not feel the others: it
-        rests once it is solved, or has had the iterations that suffice in theory."""
-        root = math.sqrt(kappa / m)
-        momentum = (root - 1) / (root + 1)
-        column = (-1, *(1 for _ in x.shape[1:]))
-        z = y = start
-        most, k = torch.zeros_like(target), 0
+        rests once it is solved, or has had the iterations that suffice :class:`_Nesterov` at that κ/m."""
+        root = math.sqrt(condition)
+        y, most, k = start, torch.zeros_like(target), 0
         while True:
             residual = y - x + self._gradient(y, h, *level)
             ratios = _norms(residual) / target
@@ -172,14 +175,12 @@ class Resolvent(nn.Module):
                 if not bool(ratios.isfinite().all()):
                     raise BadInput("the input or the weights of a resolvent are not finite")
                 # with q = κ/m: ‖F(y_k)‖ ≤ 3√2 q (1 - 1/√q)^{(k-1)/2} ‖F(x)‖, from f(z_k) - f* ≤ (1 - 1/√q)^k ‖F(x)‖²/m
-                most = 1 + (2 * root * (3 * math.sqrt(2) * kappa / m * ratios.clamp_min(1.0)).log()).ceil()
+                most = 1 + (2 * root * (3 * math.sqrt(2) * condition * ratios.clamp_min(1.0)).log()).ceil()
             active = (ratios > 1) & (k < most)
             if not bool(active.any()):
                 return y, ratios
             k += 1
-            ahead = y - residual / kappa
-            y = torch.where(active.reshape(column), torch.lerp(z, ahead, 1 + momentum), y)
-            z = ahead
+            y = torch.where(_column(active, y), advance(y, residual), y)
 
     @torch.no_grad()
     def _solve_linear(self, g: Tensor, z: Tensor, h: float, condition: float, *level: Tensor | float) -> Tensor:
@@ -189,7 +190,6 @@ class Resolvent(nn.Module):
         with torch.enable_grad():
             t = t.detach().requires_grad_()
             sigma = self.activation(t.clone(), *level)
-        column = (-1, *(1 for _ in g.shape[1:]))
         squared = _norms(g) ** 2
         target, rho = self.tolerance**2 * squared, squared
         u, r, p = torch.zeros_like(g), g, g
@@ -205,10 +205,10 @@ class Resolvent(nn.Module):
             (turned,) = torch.autograd.grad(sigma, t, _linear_part(self.linear, p), retain_graph=True)
             image = p + pullback(turned, h)
             curvature = _dot(p, image)
-            a = torch.where(active, rho / curvature.where(active, 1.0), 0.0).to(g.dtype).reshape(column)
+            a = _column(torch.where(active, rho / curvature.where(active, 1.0), 0.0), g)
             u, r = u + a * p, r - a * image
             old, rho = rho, torch.where(active, _norms(r) ** 2, rho)
-            p = r + torch.where(active, rho / old.where(active, 1.0), 0.0).to(g.dtype).reshape(column) * p
+            p = r + _column(torch.where(active, rho / old.where(active, 1.0), 0.0), g) * p
         raise Diverging(
             f"conjugate gradients for the resolvent's derivative miss the tolerance {self.tolerance:g} in"
             f" {g.dtype}: raise the tolerance, lower the step, or use float64"
@@ -217,6 +217,55 @@ class Resolvent(nn.Module):
     def extra_repr(self) -> str:
         relative = ", relative=True" if self.estimate is not None else ""
         return f"step={self.step:g}, tolerance={self.tolerance:g}{relative}"
+
+
+class _Nesterov:
+    """y, F(y) ↦ the next y, for the m-strongly convex, κ-smooth function of which F is the gradient (Nesterov, *Lectures on Convex
+    Optimization*, 2.2.22); it stays right for a κ that is too large."""
+
+    def __init__(self, m: float, kappa: float) -> None:
+        root = math.sqrt(kappa / m)
+        self.kappa, self.momentum = kappa, (root - 1) / (root + 1)
+        self.z: Tensor | None = None
+
+    def __call__(self, y: Tensor, residual: Tensor) -> Tensor:
+        ahead = y - residual / self.kappa
+        before, self.z = self.z, ahead
+        return torch.lerp(y if before is None else before, ahead, 1 + self.momentum)
+
+
+class _QuasiNewton:
+    """y, F(y) ↦ the next y, by L-BFGS with unit steps (Nocedal & Wright, *Numerical Optimization*, algorithm 7.4), each sample by
+    itself; the first step is F(y)/κ.
+
+    F is strongly monotone, so ⟨s, d⟩ > 0 for each of the last MEMORY pairs of s = Δy, d = ΔF, and each can be used. Without a line
+    search nothing is proved of its convergence, and nothing need be: F(y) tells who is solved.
+    """
+
+    MEMORY = 5
+
+    def __init__(self, kappa: float) -> None:
+        self.shortest = 1 / kappa
+        self.scale: float | Tensor = self.shortest
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # s, d and 1/⟨s, d⟩, oldest first
+
+    def __call__(self, y: Tensor, residual: Tensor) -> Tensor:
+        if self.last is not None:
+            s, d = y - self.last[0], residual - self.last[1]
+            product, squared = _dot(s, d), _norms(d) ** 2
+            usable = product > 0  # not where a sample rests, or rounding is all there is
+            self.pairs = [*self.pairs[1 - self.MEMORY :], (s, d, _column((1 / product).where(usable, 0.0), s))]
+            self.scale = _column((product / squared).where(usable, self.shortest), s)
+        self.last = (y, residual)
+        q, weights = residual, list[Tensor]()
+        for s, d, inverse in reversed(self.pairs):
+            weights.append(inverse * _column(_dot(s, q), s))
+            q = q - weights[-1] * d
+        q = self.scale * q
+        for (s, d, inverse), weight in zip(self.pairs, reversed(weights), strict=True):
+            q = q + (weight - inverse * _column(_dot(d, q), d)) * s
+        return y - q
 
 
 class _Implicit(torch.autograd.Function):
@@ -244,6 +293,11 @@ def _norms(x: Tensor) -> Tensor:
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).flatten(1).sum(1, dtype=torch.float64)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) in the shape in which it meets (B, *shape), and in its type unless a mask."""
+    return (values if values.dtype == torch.bool else values.to(like.dtype)).reshape(-1, *(1 for _ in like.shape[1:]))
 
 
 def _linear_part(linear: nn.Module, v: Tensor) -> Tensor:
