@@ -235,29 +235,44 @@ class _Nesterov:
 
 
 class _QuasiNewton:
-    """y, F(y) ↦ the next y, by L-BFGS with unit steps (Nocedal & Wright, *Numerical Optimization*, algorithm 7.4), each sample by
-    itself; the first step is F(y)/κ.
+    """y, F(y) ↦ the next y, by L-BFGS (Nocedal & Wright, *Numerical Optimization*, algorithm 7.4), each sample by itself; the first
+    step is F(y)/κ.
 
-    F is strongly monotone, so ⟨s, d⟩ > 0 for each of the last MEMORY pairs of s = Δy, d = ΔF, and each can be used. Without a line
-    search nothing is proved of its convergence, and nothing need be: F(y) tells who is solved.
+    F is the gradient of a strongly convex f and strongly monotone, so ⟨s, d⟩ > 0 for each of the last MEMORY pairs of s = Δy,
+    d = ΔF, and each can be used. Steps p have their full length, but where ⟨F(y + p), p⟩ > OVERSHOT·|⟨F(y), p⟩|, f has been rising
+    along p for too long: the next y is then where a parabola through both slopes is least. This proves nothing of the convergence,
+    and nothing need be proved: F(y) tells who is solved.
     """
 
     MEMORY = 5
+    OVERSHOT = 0.9
 
     def __init__(self, kappa: float) -> None:
         self.shortest = 1 / kappa
-        self.scale: float | Tensor = self.shortest
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.base: tuple[Tensor, Tensor] | None = None  # y and F(y), from where the last step p was taken
+        self.step = self.scale = torch.zeros(())
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # s, d and 1/⟨s, d⟩, oldest first
 
     def __call__(self, y: Tensor, residual: Tensor) -> Tensor:
-        if self.last is not None:
-            s, d = y - self.last[0], residual - self.last[1]
-            product, squared = _dot(s, d), _norms(d) ** 2
-            usable = product > 0  # not where a sample rests, or rounding is all there is
-            self.pairs = [*self.pairs[1 - self.MEMORY :], (s, d, _column((1 / product).where(usable, 0.0), s))]
-            self.scale = _column((product / squared).where(usable, self.shortest), s)
-        self.last = (y, residual)
+        if self.base is None:
+            self.base, self.step, self.scale = (y, residual), residual * -self.shortest, self.shortest + 0 * y
+            return y + self.step
+        (y0, residual0), p = self.base, self.step
+        d, before, after = residual - residual0, _dot(residual0, p), _dot(residual, p)
+        back = _column(after > -self.OVERSHOT * before, y)
+        product, squared = after - before, _norms(d) ** 2
+        usable = product > 0  # not where a sample rests, or rounding is all there is
+        shorter = _column((-before / product).where(usable, 1.0), y) * p
+        inverse = _column((1 / product).where(usable, 0.0), y)
+        # where the step is taken back, nothing is learnt from it
+        self.pairs = [*self.pairs[1 - self.MEMORY :], (p, d, torch.where(back, 0.0, inverse))]
+        self.scale = torch.where(back, self.scale, _column((product / squared).where(usable, self.shortest), y))
+        self.base = (torch.where(back, y0, y), torch.where(back, residual0, residual))
+        self.step = torch.where(back, shorter, -self._direction(residual))
+        return self.base[0] + self.step
+
+    def _direction(self, residual: Tensor) -> Tensor:
+        """An approximation of the inverse Jacobian of F, times ``residual``."""
         q, weights = residual, list[Tensor]()
         for s, d, inverse in reversed(self.pairs):
             weights.append(inverse * _column(_dot(s, q), s))
@@ -265,7 +280,7 @@ class _QuasiNewton:
         q = self.scale * q
         for (s, d, inverse), weight in zip(self.pairs, reversed(weights), strict=True):
             q = q + (weight - inverse * _column(_dot(d, q), d)) * s
-        return y - q
+        return q
 
 
 class _Implicit(torch.autograd.Function):
