@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import nonexpansive
 from nonexpansive import GradientFlow
+from nonexpansive.nn import Flows
 from nonexpansive.nn.linear import homogeneous
 from nonexpansive.nn.models import paper_classifier
 
@@ -155,9 +156,14 @@ def overhead(turns: int) -> None:
     )
 
 
+KINDS = {"bare pairs": 0, "blocks": 0, "blocks, recompute=1": 1, "blocks, recompute=2": 2, "blocks, recompute=3": 3}
+"""The chains whose memory is compared, and of how many blocks each keeps one input."""
+
+
 def _chain(kind: str, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
-    make = {"bare pairs": BarePair, "blocks": flow, "blocks, recompute=True": lambda c: flow(c, recompute=True)}[kind]
-    return nn.Sequential(*(make(shape[1]) for _ in range(BLOCKS))), torch.randn(shape, requires_grad=True)
+    channels, x = shape[1], torch.randn(shape, requires_grad=True)
+    make = BarePair if kind == "bare pairs" else flow
+    return Flows((make(channels) for _ in range(BLOCKS)), KINDS[kind]), x
 
 
 def saved_for_backward(kind: str) -> int:
@@ -189,7 +195,7 @@ def peak_of_process(kind: str) -> int:
 
 def memory() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # freed tensors go back to the system at once
-    kinds = ["bare pairs", "blocks", "blocks, recompute=True"]
+    kinds = list(KINDS)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         peaks = pool.map(peak_of_process, kinds, chunksize=1)
     saved = [saved_for_backward(kind) for kind in kinds]

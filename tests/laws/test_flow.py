@@ -19,6 +19,7 @@ from nonexpansive.nn import (
     AdaptiveSteps,
     CappedStep,
     ClippedRamps,
+    Flows,
     GradientFlow,
     MaximalStep,
     Rescale,
@@ -27,6 +28,7 @@ from nonexpansive.nn import (
 )
 from nonexpansive.nn.flow import LIPSCHITZ, observe
 from nonexpansive.nn.linear import affine, homogeneous
+from nonexpansive.nn.models import Denoiser
 
 LINEARS = list(flow_linears())
 linears = pytest.mark.parametrize(("name", "make", "shape"), LINEARS, ids=[name for name, _, _ in LINEARS])
@@ -93,19 +95,59 @@ def test_a_step_is_what_is_stated_and_its_gradient_too(name: str, make: Make, sh
             assert torch.allclose((grads[1] * turn).sum(), (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-7)
 
 
+def outcome(network: nn.Module, x: Tensor, *level: float) -> list[Tensor]:
+    """The output, and the gradients of x and of the weights."""
+    x = x.clone().requires_grad_()
+    y = network(x, *level)
+    network.zero_grad()
+    y.square().sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad for p in network.parameters() if p.grad is not None)]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_recomputing_changes_neither_outputs_nor_gradients(method: str) -> None:
     plain, thrifty = flow(method=method, alpha=0.5), flow(method=method, alpha=0.5, recompute=True)
     for mode in (True, False):
-        results = []
-        for block in (plain, thrifty):
-            x = X.clone().requires_grad_()
-            y = block.train(mode)(x)
-            block.zero_grad()
-            y.square().sum().backward()
-            results.append([y.detach(), x.grad, *(p.grad for p in block.parameters())])
+        for one, other in zip(outcome(plain.train(mode), X), outcome(thrifty.train(mode), X), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("recompute", [1, 2, 3, 9])
+def test_recomputing_several_flows_at_once_is_the_same_too(recompute: int) -> None:
+    """The estimates of the norms move on by one, as without: the second computation takes the steps of the first."""
+    torch.manual_seed(0)
+    plain = Denoiser(1, 4, 5, activation="clipped_ramps", hidden="frame", scales=[1, 2]).double()
+    thrifty = Denoiser(1, 4, 5, activation="clipped_ramps", hidden="frame", scales=[1, 2], recompute=recompute).double()
+    thrifty.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 1, 12, 12, dtype=torch.float64)
+    for mode in (True, True, False):
+        results = [outcome(network.train(mode), x, 0.1) for network in (plain, thrifty)]
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)
+    for one, other in zip(plain.state_dict().values(), thrifty.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_recomputing_keeps_one_input_of_so_many() -> None:
+    kept = []
+    x = torch.randn(1, 4, 32, 32)
+    for recompute in (0, 1, 2, 5):
+        torch.manual_seed(0)
+        flows = Flows([GradientFlow(nn.Conv2d(4, 4, 3, padding=1)) for _ in range(10)], recompute)
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: (s.update({t.data_ptr(): t.numel() if t.shape == x.shape else 0}), t)[1], lambda t: t
+        ):
+            flows(x.requires_grad_())
+        kept.append(sum(sizes.values()) / x.numel())
+    assert kept == [20, 10, 5, 2]
+
+
+@pytest.mark.parametrize("recompute", [-1, 1.5, "all"])
+def test_the_number_of_flows_to_recompute_is_checked(recompute: object) -> None:
+    with pytest.raises(BadInput, match="number of flows"):
+        Flows([], recompute)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", METHODS)

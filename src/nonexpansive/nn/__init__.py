@@ -1,7 +1,7 @@
 """Modules: gradient flows, what goes between them, and the networks made of them."""
 
 from nonexpansive.nn.control import AdaptiveSteps, CappedStep, MaximalStep, NormControl, Rescale, Unconstrained
-from nonexpansive.nn.flow import GradientFlow, project
+from nonexpansive.nn.flow import Flows, GradientFlow, project
 from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
 from nonexpansive.nn.resize import Lifted, Relaxed, Residual, Scale
@@ -12,6 +12,7 @@ __all__ = [
     "AdaptiveSteps",
     "CappedStep",
     "ClippedRamps",
+    "Flows",
     "GradientFlow",
     "GroupSort",
     "Lifted",

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nonexpansive.errors import Refused
+from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.activation import Slopes, slopes
 from nonexpansive.math.activation import activation as find_activation
 from nonexpansive.math.bounds import absolute_norm_bound, terms
 from nonexpansive.math.certificate import (
     Certificate,
     Shape,
+    chain,
     compose_averaged,
     entries,
+    fold,
     from_enclosure,
+    isometry,
     require_out_of_place,
     rule,
 )
@@ -38,6 +42,9 @@ from nonexpansive.nn.linear import absolute as absolute_affine
 from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
 
+Map = Callable[..., Tensor]
+"""x, *level ↦ y."""
+
 
 class GradientFlow(nn.Module):
     """n Runge-Kutta steps of size h of the gradient flow ẋ = -Aᵀσ(Ax + b): a non-expansive, or α-averaged, residual block.
@@ -53,7 +60,7 @@ class GradientFlow(nn.Module):
     - ``control``: how the constraint is kept ("maximal", "capped", "adaptive", "rescale" or a :class:`NormControl`), with ``alpha``
       the wanted averagedness (default 1: non-expansive); "unconstrained": not at all, for comparison.
     - ``shape``: the shape of one input, needed only for a linear module of your own.
-    - ``recompute``: keep only x for the backward pass and compute the rest again, which halves the memory of training.
+    - ``recompute``: keep only x for the backward pass and compute the rest again, which halves what is kept (see :class:`Flows`).
 
     In training mode the step follows an estimate of ‖A‖. In evaluation mode it follows a sound bound, computed when
     ``eval()`` is called, when weights are loaded or converted, and whenever they are seen to have changed. What cannot be seen
@@ -124,14 +131,17 @@ class GradientFlow(nn.Module):
 
     def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
         """x (B, *shape) → (B, *shape); ``level`` is passed on to an activation that takes a noise level."""
+        return _recomputed(self.fixed(), x, *level) if self.recompute else self.fixed()(x, *level)
+
+    def fixed(self) -> Map:
+        """This block as it is now: a map that gives the same again when it is called again. In training mode the estimate of ‖A‖, which
+        each call of the block moves on by one, is moved on here."""
         if self.training:
             squared = self.control.squared_norm(self.linear, homogeneous)
             h, n = self.control.training_step(squared, self._steepest, self.tableau)
         else:
             h, n = self.step()
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._integrate, x, h, n, *level, use_reentrant=False)  # type: ignore[return-value]
-        return self._integrate(x, h, n, *level)
+        return lambda x, *level: self._integrate(x, h, n, *level)
 
     def _integrate(self, x: Tensor, h: float | Tensor, n: int, *level: Tensor | float) -> Tensor:
         def scaled_field(y: Tensor) -> Tensor:
@@ -165,6 +175,46 @@ class GradientFlow(nn.Module):
         super().__setstate__(state)
         with suppress(Refused):
             self._unsettle()  # a copy's parameters are others: it settles its own step
+
+
+class Flows(nn.ModuleList):
+    """Gradient flows, or :class:`~nonexpansive.nn.resize.Lifted` ones, one after the other; each is given the noise level, if there is one.
+
+    ``recompute``: keep only the input of each so many flows for the backward pass, and compute the rest again (0: keep all). What is
+    kept falls to 1/(2·``recompute``), what is computed again needs memory in proportion to ``recompute``: in a chain of ten, 1 brings the
+    peak of training to six tenths, 2 to below half (benchmarks/README.md). Both cost one more forward pass.
+
+    Raises BadInput for another number.
+    """
+
+    def __init__(self, flows: Iterable[nn.Module] = (), recompute: int = 0) -> None:
+        super().__init__(flows)
+        if not isinstance(recompute, int) or recompute < 0:
+            raise BadInput(
+                f"recompute is the number of flows of which only one input is kept, from 0, not {recompute!r}"
+            )
+        self.recompute = int(recompute)
+
+    def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
+        if not self.recompute:
+            return _in_turn(self, x, *level)
+        maps = [flow.fixed() for flow in self]  # type: ignore[operator, union-attr]
+        for first in range(0, len(maps), self.recompute):
+            x = _recomputed(partial(_in_turn, maps[first : first + self.recompute]), x, *level)
+        return x
+
+
+def _in_turn(maps: Iterable[Map | nn.Module], x: Tensor, *level: Tensor | float) -> Tensor:
+    for each in maps:
+        x = each(x, *level)
+    return x
+
+
+def _recomputed(apply: Map, x: Tensor, *level: Tensor | float) -> Tensor:
+    """apply(x, *level), of which the backward pass keeps x alone, where there will be one."""
+    if not torch.is_grad_enabled():
+        return apply(x, *level)
+    return checkpoint(apply, x, *level, use_reentrant=False)  # type: ignore[return-value]
 
 
 _Stamp = tuple[object, int, object]
@@ -211,6 +261,12 @@ def project(model: nn.Module) -> None:
 # -------------------------------------------------------------------------------------------------------------- certificates
 
 rule(ClippedRamps, LinearSpline, PooledRamps, SignedRamps, WeaklyConvexRamps)(elementwise)
+
+
+@rule(Flows)
+def _flows(module: Flows, shape: Shape, unit: float) -> Certificate:
+    parts = [fold(flow, shape, unit) for flow in module]
+    return chain(*parts, rule="Flows") if parts else isometry(shape, shape, "Flows, none", averaged=0.0)
 
 
 @rule(GradientFlow)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput, Refused
-from nonexpansive.math.certificate import Certificate, Shape, chain, entries, fold, isometry, rule, split_averaged
+from nonexpansive.math.certificate import Certificate, Shape, entries, fold, rule, split_averaged
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import root, times, up
 from nonexpansive.nn.classifier import dense_classifier, flow_classifier, paper_classifier
-from nonexpansive.nn.flow import GradientFlow
+from nonexpansive.nn.flow import Flows, GradientFlow
 from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.ordinary import DnCNN
 from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
@@ -59,21 +59,6 @@ def cosine_frame(channels: int, factor: int, kernel: int) -> Tensor:
     colours = colours if channels == 3 else torch.ones(1, 1, dtype=torch.float64)
     images = torch.einsum("kc,ayx->kacyx", colours, atoms).reshape(-1, channels, n, n)
     return torch.nn.functional.pixel_unshuffle(images, factor).float().contiguous()
-
-
-class Flows(nn.ModuleList):
-    """Gradient flows one after the other; each is given the noise level, if there is one."""
-
-    def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
-        for flow in self:
-            x = flow(x, *level)
-        return x
-
-
-@rule(Flows)
-def _flows(module: Flows, shape: Shape, unit: float) -> Certificate:
-    parts = [fold(flow, shape, unit) for flow in module]
-    return chain(*parts, rule="Flows") if parts else isometry(shape, shape, "Flows, none", averaged=0.0)
 
 
 class ImageDenoiser(nn.Module):
@@ -118,7 +103,7 @@ class Denoiser(ImageDenoiser):
     - ``activation``: "clipped_ramps", "pooled_ramps" or "linear_spline", learned, into whose thresholds σ enters; or any fixed activation
       by name, for which σ enters by scaling, D(y, σ) = μ⁻¹T(μy) with μ = 25/(255σ). "signed_ramps", which need not be monotone,
       go with the control "unconstrained" alone: the ordinary twin of "pooled_ramps".
-    - ``method``, ``control``, ``recompute``: as for :class:`GradientFlow`.
+    - ``method``, ``control``: as for :class:`GradientFlow`; ``recompute``: as for :class:`Flows`.
     """
 
     def __init__(
@@ -132,7 +117,7 @@ class Denoiser(ImageDenoiser):
         alpha: float = 0.9,
         method: str = "euler",
         control: str = "maximal",
-        recompute: bool = False,
+        recompute: int = 0,
         hidden: int | str | None = None,
         scales: Sequence[int] = (1,),
     ) -> None:
@@ -177,10 +162,10 @@ class Denoiser(ImageDenoiser):
                 with torch.no_grad():
                     linear.weight.mul_(SCALE)
                 sigma = _LEVELLED[activation](outputs, SCALE * (inputs / outputs) ** 0.5 / blocks)
-            block = GradientFlow(linear, sigma, method=method, control=control, alpha=each, recompute=recompute)
+            block = GradientFlow(linear, sigma, method=method, control=control, alpha=each)
             return block if scale == 1 else Lifted(block, inputs, scale)
 
-        self.lifted = Lifted(Flows(flow(scale) for scale in self.scales), features, factor)
+        self.lifted = Lifted(Flows((flow(scale) for scale in self.scales), recompute), features, factor)
 
     def flows(self) -> list[GradientFlow]:
         """The gradient flows, in the order in which they run."""
