@@ -321,7 +321,7 @@ def main() -> None:
     tables: dict[str, Callable[[], None]] = {
         "overhead": lambda: overhead(7 if quick else 25),
         "memory": memory,
-        "control": lambda: norm_control(5 if quick else 15, 128),
+        "control": lambda: norm_control(5 if quick else 40, 128),
         "modes": lambda: modes(3 if quick else 11),
         "growth": lambda: growth(3 if quick else 11),
     }

@@ -21,11 +21,14 @@ from nonexpansive.nn import (
     ClippedRamps,
     Flows,
     GradientFlow,
+    Lifted,
     MaximalStep,
     Rescale,
+    Resolvent,
     SignedRamps,
     project,
 )
+from nonexpansive.nn.control import CONTROLS
 from nonexpansive.nn.flow import LIPSCHITZ, observe
 from nonexpansive.nn.linear import affine, homogeneous
 from nonexpansive.nn.models import Denoiser
@@ -105,10 +108,11 @@ def outcome(network: nn.Module, x: Tensor, *level: float) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in network.parameters() if p.grad is not None)]
 
 
+@pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("method", METHODS)
-def test_recomputing_changes_neither_outputs_nor_gradients(method: str) -> None:
-    plain, thrifty = flow(method=method, alpha=0.5), flow(method=method, alpha=0.5, recompute=True)
-    for mode in (True, False):
+def test_recomputing_changes_neither_outputs_nor_gradients(method: str, control: str) -> None:
+    plain, thrifty = flow(method=method, control=control), Flows([flow(method=method, control=control)], 1)
+    for mode in (True, True, False):
         for one, other in zip(outcome(plain.train(mode), X), outcome(thrifty.train(mode), X), strict=True):
             assert torch.equal(one, other)
 
@@ -148,6 +152,37 @@ def test_recomputing_keeps_one_input_of_so_many() -> None:
 def test_the_number_of_flows_to_recompute_is_checked(recompute: object) -> None:
     with pytest.raises(BadInput, match="number of flows"):
         Flows([], recompute)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_recomputed_is_refused() -> None:
+    linear = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
+    for member in (nn.ReLU(), GradientFlow(linear), Lifted(nn.ReLU(), 2), Resolvent(nn.Linear(2, 2))):
+        Flows([member])
+        with pytest.raises(BadInput, match="cannot recompute"):
+            Flows([member], 1)
+
+
+def test_recomputing_goes_through_hooks_and_subclasses() -> None:
+    class Half(GradientFlow):
+        def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
+            return super().forward(x, *level) / 2
+
+    torch.manual_seed(0)
+    linear, seen = nn.Linear(3, 3), list[int]()
+    flows = Flows([Half(linear), GradientFlow(linear)], 2)
+    flows[1].register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(2, 3)
+    assert torch.equal(flows(x.requires_grad_()), flows[1](flows[0](x)))
+    assert seen
+
+
+def test_weights_that_change_before_they_are_used_again_are_noticed() -> None:
+    flows = Flows([flow(control="rescale")], 1).eval()
+    y = flows(X.clone().requires_grad_())
+    with torch.no_grad():
+        next(flows.parameters()).mul_(1.5)
+    with pytest.raises(RuntimeError, match="other weights than before"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("method", METHODS)

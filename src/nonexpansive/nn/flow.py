@@ -37,13 +37,11 @@ from nonexpansive.math.tableau import ButcherTableau, tableau
 from nonexpansive.nn.control import NormControl, sound_norm
 from nonexpansive.nn.control import control as find_control
 from nonexpansive.nn.implicit import REFERENCE, Resolvent
-from nonexpansive.nn.linear import Pullback, affine, homogeneous, is_torch, offset_norm, probe_shape
+from nonexpansive.nn.linear import Pullback, affine, homogeneous, is_torch, is_written_out, offset_norm, probe_shape
 from nonexpansive.nn.linear import absolute as absolute_affine
 from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
+from nonexpansive.nn.resize import Lifted
 from nonexpansive.nn.spline import ClippedRamps, LinearSpline
-
-Map = Callable[..., Tensor]
-"""x, *level ↦ y."""
 
 
 class GradientFlow(nn.Module):
@@ -60,7 +58,6 @@ class GradientFlow(nn.Module):
     - ``control``: how the constraint is kept ("maximal", "capped", "adaptive", "rescale" or a :class:`NormControl`), with ``alpha``
       the wanted averagedness (default 1: non-expansive); "unconstrained": not at all, for comparison.
     - ``shape``: the shape of one input, needed only for a linear module of your own.
-    - ``recompute``: keep only x for the backward pass and compute the rest again, which halves what is kept (see :class:`Flows`).
 
     In training mode the step follows an estimate of ‖A‖. In evaluation mode it follows a sound bound, computed when
     ``eval()`` is called, when weights are loaded or converted, and whenever they are seen to have changed. What cannot be seen
@@ -78,7 +75,6 @@ class GradientFlow(nn.Module):
         control: str | NormControl = "maximal",
         alpha: float | None = None,
         shape: Shape | None = None,
-        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear
@@ -92,7 +88,7 @@ class GradientFlow(nn.Module):
         self.control.attach(linear, probe_shape(linear, shape))
         if not any(p.is_meta for p in linear.parameters()):
             self.control.warm_up(linear, homogeneous)
-        self.recompute = recompute
+        self._pinned: _Pin | None = None
         self._steepest = self._slopes().high
         """L_σ for training, where reading it from the device at each step would stall."""
         self._step: tuple[float, int] | None = None
@@ -103,7 +99,7 @@ class GradientFlow(nn.Module):
 
     def step(self) -> tuple[float, int]:
         """(h, n) of evaluation mode: the size of the steps and their number, from a sound bound on ‖A‖."""
-        if self._step is None or not (torch.compiler.is_compiling() or _same(self._stamps, _stamps(self))):
+        if self._step is None or not (torch.compiler.is_compiling() or _same(self._stamps, self._marks())):
             self.settle()
         assert self._step is not None
         return self._step
@@ -111,8 +107,12 @@ class GradientFlow(nn.Module):
     def settle(self) -> tuple[float, int]:
         """``step()``, chosen anew for the weights as they are now."""
         self._step = self.control.safe_step(sound_norm(self.linear), self._slopes().high, self.tableau)
-        self._stamps = _stamps(self)
+        self._stamps = self._marks()
         return self._step
+
+    def _marks(self) -> list[_Stamp]:
+        """Of all that the step of evaluation mode depends on: the layers, the control and their tensors, but for the estimate's vector."""
+        return _stamps(self.linear, self.activation, self.control, but=self.control.vector)
 
     def _slopes(self) -> Slopes:
         return self.control.slopes(self.activation)
@@ -131,17 +131,15 @@ class GradientFlow(nn.Module):
 
     def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
         """x (B, *shape) → (B, *shape); ``level`` is passed on to an activation that takes a noise level."""
-        return _recomputed(self.fixed(), x, *level) if self.recompute else self.fixed()(x, *level)
+        h, n = self._chosen() if self._pinned is None else self._pinned.step()
+        return self._integrate(x, h, n, *level)
 
-    def fixed(self) -> Map:
-        """This block as it is now: a map that gives the same again when it is called again. In training mode the estimate of ‖A‖, which
-        each call of the block moves on by one, is moved on here."""
-        if self.training:
-            squared = self.control.squared_norm(self.linear, homogeneous)
-            h, n = self.control.training_step(squared, self._steepest, self.tableau)
-        else:
-            h, n = self.step()
-        return lambda x, *level: self._integrate(x, h, n, *level)
+    def _chosen(self) -> tuple[float | Tensor, int]:
+        """(h, n) of this call; in training mode the estimate of ‖A‖ moves on by one."""
+        if not self.training:
+            return self.step()
+        squared = self.control.squared_norm(self.linear, homogeneous)
+        return self.control.training_step(squared, self._steepest, self.tableau)
 
     def _integrate(self, x: Tensor, h: float | Tensor, n: int, *level: Tensor | float) -> Tensor:
         def scaled_field(y: Tensor) -> Tensor:
@@ -166,10 +164,10 @@ class GradientFlow(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"method={self.tableau.name!r}" + (", recompute=True" if self.recompute else "")
+        return f"method={self.tableau.name!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": None, "_stamps": []}
+        return {**self.__dict__, "_step": None, "_stamps": [], "_pinned": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -177,61 +175,20 @@ class GradientFlow(nn.Module):
             self._unsettle()  # a copy's parameters are others: it settles its own step
 
 
-class Flows(nn.ModuleList):
-    """Gradient flows, or :class:`~nonexpansive.nn.resize.Lifted` ones, one after the other; each is given the noise level, if there is one.
-
-    ``recompute``: keep only the input of each so many flows for the backward pass, and compute the rest again (0: keep all). What is
-    kept falls to 1/(2·``recompute``), what is computed again needs memory in proportion to ``recompute``: in a chain of ten, 1 brings the
-    peak of training to six tenths, 2 to below half (benchmarks/README.md). Both cost one more forward pass.
-
-    Raises BadInput for another number.
-    """
-
-    def __init__(self, flows: Iterable[nn.Module] = (), recompute: int = 0) -> None:
-        super().__init__(flows)
-        if not isinstance(recompute, int) or recompute < 0:
-            raise BadInput(
-                f"recompute is the number of flows of which only one input is kept, from 0, not {recompute!r}"
-            )
-        self.recompute = int(recompute)
-
-    def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
-        if not self.recompute:
-            return _in_turn(self, x, *level)
-        maps = [flow.fixed() for flow in self]  # type: ignore[operator, union-attr]
-        for first in range(0, len(maps), self.recompute):
-            x = _recomputed(partial(_in_turn, maps[first : first + self.recompute]), x, *level)
-        return x
-
-
-def _in_turn(maps: Iterable[Map | nn.Module], x: Tensor, *level: Tensor | float) -> Tensor:
-    for each in maps:
-        x = each(x, *level)
-    return x
-
-
-def _recomputed(apply: Map, x: Tensor, *level: Tensor | float) -> Tensor:
-    """apply(x, *level), of which the backward pass keeps x alone, where there will be one."""
-    if not torch.is_grad_enabled():
-        return apply(x, *level)
-    return checkpoint(apply, x, *level, use_reentrant=False)  # type: ignore[return-value]
-
-
 _Stamp = tuple[object, int, object]
 
 
-def _stamps(flow: GradientFlow) -> list[_Stamp]:
-    """What the step depends on: the layers, the control and their tensors, with what changes when one is written to; read without
-    touching its device.
+def _stamps(*parts: nn.Module, but: Tensor | None = None) -> list[_Stamp]:
+    """The tensors of these modules, but one, with what changes when one is written to; read without touching their device.
 
     The tensors themselves are kept, since the place of one that is gone may be taken by another. Inference tensors have no
     count of their changes: theirs is never the same.
     """
     stamps: list[_Stamp] = []
-    for part in (flow.linear, flow.activation, flow.control):
+    for part in parts:
         stamps.append((part, 0, None))
         for t in (*part.parameters(), *part.buffers()):
-            if t is flow.control.vector:  # on which no step of evaluation mode depends
+            if t is but:
                 continue
             try:
                 stamps.append((t, t.data_ptr(), object() if t.is_inference() else t._version))
@@ -245,6 +202,77 @@ def _same(one: list[_Stamp], other: list[_Stamp]) -> bool:
         a is b and place == place_ and count == count_
         for (a, place, count), (b, place_, count_) in zip(one, other, strict=True)
     )
+
+
+class _Pin:
+    """The step of one call of a flow, for computing that call again."""
+
+    def __init__(self, flow: GradientFlow) -> None:
+        self.chosen = flow._chosen()
+        self.parts = (flow.linear, flow.activation)
+        self.stamps = _stamps(*self.parts)
+
+    def step(self) -> tuple[float | Tensor, int]:
+        if not (torch.compiler.is_compiling() or _same(self.stamps, _stamps(*self.parts))):
+            raise RuntimeError(
+                "a flow is to be computed again for the backward pass with other weights than before: they were changed in between, "
+                "or a parametrization changes at each call. Run the backward pass first, or use Flows without recompute"
+            )
+        return self.chosen
+
+
+class Flows(nn.ModuleList):
+    """Gradient flows, or :class:`~nonexpansive.nn.resize.Lifted` ones, one after the other; each is given the noise level, if there is one.
+
+    ``recompute``: keep only the input of each so many flows for the backward pass, and compute the rest again, with the same steps (0:
+    keep all). What is kept falls to 1/(2·``recompute``), what is computed again needs memory in proportion to ``recompute``: in a chain
+    of ten, 1 brings the peak of training to six tenths, 2 to below half (benchmarks/README.md). Both cost one more forward pass.
+
+    Raises BadInput for another number, or modules of which it is not known how to compute them again: all but flows of linear layers and
+    convolutions with padding by zeros.
+    """
+
+    recompute = 0
+
+    def __init__(self, flows: Iterable[nn.Module] = (), recompute: int = 0) -> None:
+        super().__init__(flows)
+        if not isinstance(recompute, int) or recompute < 0:
+            raise BadInput(
+                f"recompute is the number of flows of which only one input is kept, from 0, not {recompute!r}"
+            )
+        self.recompute = int(recompute)
+        for member in self if recompute else ():
+            flow = _within(member)
+            if not (isinstance(flow, GradientFlow) and is_written_out(flow.linear)):
+                raise BadInput(
+                    f"cannot recompute {member}: give Linear layers, or convolutions padded by zeros, in flows"
+                )
+
+    def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
+        if not self.recompute or not torch.is_grad_enabled():
+            for member in self:
+                x = member(x, *level)
+            return x
+        pinned = [(member, _Pin(_within(member))) for member in self]  # type: ignore[arg-type]
+        for first in range(0, len(pinned), self.recompute):
+            segment = pinned[first : first + self.recompute]
+            x = checkpoint(partial(_again, segment), x, *level, use_reentrant=False)  # type: ignore[assignment]
+        return x
+
+
+def _within(member: nn.Module) -> nn.Module:
+    return member.inner if isinstance(member, Lifted) else member
+
+
+def _again(segment: list[tuple[nn.Module, _Pin]], x: Tensor, *level: Tensor | float) -> Tensor:
+    for member, pin in segment:
+        flow: GradientFlow = _within(member)  # type: ignore[assignment]
+        flow._pinned = pin
+        try:
+            x = member(x, *level)
+        finally:
+            flow._pinned = None
+    return x
 
 
 def _after_loading(module: GradientFlow, incompatible: object) -> None:

@@ -18,7 +18,7 @@ from nonexpansive.nn.control import SMALLEST, NormControl, sound_norm
 from nonexpansive.nn.linear import affine, homogeneous, probe_shape
 
 PRESUMED = 0.6
-"""The strong convexity that the solver hopes for, where only less is known."""
+"""The quick solver is given up after the iterations in which the sure one would be done, were m no smaller than this."""
 
 REFERENCE = 1.0
 """The tolerance is relative to ‖x‖, or to this norm where x is smaller: at x = 0 nothing could meet a relative one."""
@@ -133,8 +133,8 @@ class Resolvent(nn.Module):
     def _solve(
         self, x: Tensor, h: float, norms: list[Callable[[], float]], *level: Tensor | float
     ) -> tuple[Tensor, float]:
-        """z, and the condition number κ/m for its derivative. :class:`_QuasiNewton` is tried first, for as many iterations as would
-        suffice if m were at least PRESUMED; the samples for which that, or an estimate of ‖A‖, fails are solved by :class:`_Nesterov`."""
+        """z, and the condition number κ/m for its derivative. :class:`_QuasiNewton` is tried first; the samples for which that, or an
+        estimate of ‖A‖, fails are solved by :class:`_Nesterov`."""
         start, worst = x, math.inf
         for norm in norms:
             m, kappa = self.curvature(norm())
@@ -174,7 +174,7 @@ class Resolvent(nn.Module):
             if k == 0:
                 if not bool(ratios.isfinite().all()):
                     raise BadInput("the input or the weights of a resolvent are not finite")
-                # with q = κ/m: ‖F(y_k)‖ ≤ 3√2 q (1 - 1/√q)^{(k-1)/2} ‖F(x)‖, from f(z_k) - f* ≤ (1 - 1/√q)^k ‖F(x)‖²/m
+                # with q = κ/m: ‖F(y_k)‖ ≤ 3√2 q (1 - 1/√q)^{(k-1)/2} ‖F(y_0)‖, from f(z_k) - f* ≤ (1 - 1/√q)^k ‖F(y_0)‖²/m
                 most = 1 + (2 * root * (3 * math.sqrt(2) * condition * ratios.clamp_min(1.0)).log()).ceil()
             active = (ratios > 1) & (k < most)
             if not bool(active.any()):
@@ -238,10 +238,10 @@ class _QuasiNewton:
     """y, F(y) ↦ the next y, by L-BFGS (Nocedal & Wright, *Numerical Optimization*, algorithm 7.4), each sample by itself; the first
     step is F(y)/κ.
 
-    F is the gradient of a strongly convex f and strongly monotone, so ⟨s, d⟩ > 0 for each of the last MEMORY pairs of s = Δy,
-    d = ΔF, and each can be used. Steps p have their full length, but where ⟨F(y + p), p⟩ > OVERSHOT·|⟨F(y), p⟩|, f has been rising
-    along p for too long: the next y is then where a parabola through both slopes is least. This proves nothing of the convergence,
-    and nothing need be proved: F(y) tells who is solved.
+    F is the gradient of a strongly convex f and strongly monotone, so ⟨s, d⟩ > 0, but for rounding, for each of the last MEMORY pairs
+    of s = Δy, d = ΔF, and each can be used. Steps p have their full length, but where ⟨F(y + p), p⟩ > OVERSHOT·|⟨F(y), p⟩| f has been
+    rising along p for too long: the next y is then where a parabola through both slopes is least. This proves nothing of the
+    convergence, and nothing need be proved: F(y) tells who is solved.
     """
 
     MEMORY = 5
@@ -264,9 +264,8 @@ class _QuasiNewton:
         usable = product > 0  # not where a sample rests, or rounding is all there is
         shorter = _column((-before / product).where(usable, 1.0), y) * p
         inverse = _column((1 / product).where(usable, 0.0), y)
-        # where the step is taken back, nothing is learnt from it
-        self.pairs = [*self.pairs[1 - self.MEMORY :], (p, d, torch.where(back, 0.0, inverse))]
-        self.scale = torch.where(back, self.scale, _column((product / squared).where(usable, self.shortest), y))
+        self.pairs = [*self.pairs[1 - self.MEMORY :], (p, d, inverse)]
+        self.scale = _column((product / squared).where(usable, self.shortest), y)
         self.base = (torch.where(back, y0, y), torch.where(back, residual0, residual))
         self.step = torch.where(back, shorter, -self._direction(residual))
         return self.base[0] + self.step

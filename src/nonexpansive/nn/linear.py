@@ -50,6 +50,14 @@ def is_torch(linear: nn.Module) -> bool:
     return kind is nn.Linear or kind in _ADJOINT
 
 
+def is_written_out(linear: Any) -> bool:
+    """Whether the adjoint is one of torch's own operations, and no vector-Jacobian product."""
+    if not is_torch(linear):
+        return False
+    kind = parametrize.type_before_parametrizations(linear)
+    return kind is nn.Linear or (linear.padding_mode == "zeros" and not isinstance(linear.padding, str))
+
+
 def _numbers(linear: Any) -> tuple[Tensor, Tensor | None]:
     return linear.weight, linear.bias
 
@@ -62,7 +70,7 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
     elif kind is nn.Linear:
         return F.linear(x, weight, bias), lambda s, scale=1.0: s @ _scaled(weight, scale)
     else:
-        if linear.padding_mode == "zeros" and not isinstance(linear.padding, str):
+        if is_written_out(linear):
             t = linear._conv_forward(x, weight, bias)
             stride, padding, dilation = linear.stride, linear.padding, linear.dilation
             geometry = zip(x.shape[2:], t.shape[2:], stride, padding, dilation, linear.kernel_size, strict=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,14 +37,7 @@ class Lifted(nn.Module):
         self.inner, self.channels, self.factor = inner, channels, factor
 
     def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
-        return self._around(self.inner, x, *level)
-
-    def fixed(self) -> Callable[..., Tensor]:
-        """As of the :class:`~nonexpansive.nn.flow.GradientFlow` within."""
-        return partial(self._around, self.inner.fixed())  # type: ignore[operator]
-
-    def _around(self, inner: Callable[..., Tensor], x: Tensor, *level: Tensor | float) -> Tensor:
-        return self.project(inner(self.lift(x), *level), x.shape)
+        return self.project(self.inner(self.lift(x), *level), x.shape)
 
     def lift(self, x: Tensor) -> Tensor:
         """P*x."""
