@@ -30,6 +30,7 @@ WAYS: tuple[Acceleration | None, ...] = (None, "anderson")
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kernel", default="motion:9,30", help="as for `nonexpansive deblur`")
+    parser.add_argument("--denoisers", nargs="+", default=DENOISERS, metavar="MODEL")
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -39,7 +40,7 @@ def main() -> None:
         x = read_image(path).tensor[None, :, 60:124, 200:264]
     print(f"| denoiser | method | {' | '.join(f'{tolerance:g}' for tolerance in TOLERANCES)} | proved over seen |")
     print("|---" * (len(TOLERANCES) + 3) + "|")
-    for (name, method), acceleration in itertools.product(itertools.product(DENOISERS, METHODS), WAYS):
+    for (name, method), acceleration in itertools.product(itertools.product(arguments.denoisers, METHODS), WAYS):
         denoiser = nonexpansive.load(name)
         assert isinstance(denoiser, ImageDenoiser)
         clean = (

@@ -12,6 +12,7 @@ from cases import Dense
 from nonexpansive import certify
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.nn import Lifted, Relaxed, Resolvent, WeaklyConvexRamps
+from nonexpansive.nn.implicit import _Nesterov, _QuasiNewton
 from nonexpansive.nn.models import ProximalDenoiser
 from nonexpansive.restore import (
     AtLevel,
@@ -254,22 +255,23 @@ def test_another_type_of_numbers_than_the_weights() -> None:
     assert report.converged and report.objective is not None and report.image.dtype == torch.float64
 
 
-def test_a_sample_does_not_feel_that_another_was_hard_to_solve_for() -> None:
+def test_a_sample_does_not_feel_that_another_was_hard_to_solve_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ramps, linear = WeaklyConvexRamps(2, 1, 1, 0.1, 0.9), nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.eye(2))
         ramps.shares[0], ramps.shares[1], ramps.mixture[1], ramps.falls[1] = -9, 9, 9, 9
         ramps.returns.fill_(2.0)
     D = Resolvent(linear, ramps, 1.0, 1e-3, relative=True).double().eval()
-    easy, fallbacks, iterate = torch.tensor([[0.5, 0.7]]).double(), 0, D._iterate
+    quick, sure, fallbacks = _QuasiNewton.__call__, _Nesterov.__call__, list[int]()
+    # the quick solver stands still at samples on the first axis, as at the hard one
+    monkeypatch.setattr(_QuasiNewton, "__call__", lambda self, y, F: torch.where(y[:, 1:] == 0, y, quick(self, y, F)))
+    monkeypatch.setattr(_Nesterov, "__call__", lambda self, y, F: fallbacks.append(1) or sure(self, y, F))
+    easy = torch.tensor([[0.5, 0.7]]).double()
     for a in torch.linspace(0.05, 1.5, 25).tolist():
         z = torch.tensor([[a, 0.0]]).double()
         with torch.no_grad():
             hard = z + D._gradient(z, 1.0)
-            calls: list[float] = []
-            D._iterate = lambda *inputs, calls=calls: calls.append(inputs[4]) or iterate(*inputs)  # type: ignore[method-assign]
             both = D(torch.cat([easy, hard]))
-            fallbacks += len(calls) > 1
             assert torch.equal(both, torch.cat([D(easy), D(hard)]))
             assert (both[1] - z[0]).norm() <= D.deviation(float(hard.norm())) * 1.001
     assert fallbacks

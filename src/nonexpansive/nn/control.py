@@ -87,8 +87,7 @@ class NormControl(nn.Module):
             with torch.no_grad():
                 ahead = pullback(image.detach())
                 size = torch.linalg.vector_norm(ahead, dtype=_wide(ahead))
-                usable = (size > 0) & size.isfinite()
-                self.vector.copy_(torch.where(usable, ahead / size.where(usable, 1.0), v))
+                self.vector.copy_(torch.where((size > 0) & (size < math.inf), ahead / size, v))
             return image.to(_wide(image)).square().sum()
 
     def warm_up(self, linear: nn.Module, apply: Linear) -> None:
