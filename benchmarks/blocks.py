@@ -16,8 +16,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,34 +52,21 @@ def flow(channels: int, **settings: object) -> GradientFlow:
     return GradientFlow(nn.Conv2d(channels, channels, 3, padding=1), "relu", **settings)  # type: ignore[arg-type]
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Within it every flow's training step is the constant that it was first, so that the norm control costs nothing.
-
-    The same weights at the same places: of two copies of one network, one can be some percent slower throughout.
-    """
-    controls = [module.control for module in model.modules() if isinstance(module, GradientFlow)]
-    for flow in (module for module in model.modules() if isinstance(module, GradientFlow)):
-        if flow not in _FROZEN:
-            squared = flow.control.squared_norm(flow.linear, homogeneous).detach()
-            _FROZEN[flow] = squared, flow.control.training_step(squared, 1.0, flow.tableau)
-        squared, step = _FROZEN[flow]
-        flow.control.squared_norm = lambda *_, value=squared: value  # type: ignore[method-assign]
-        flow.control.training_step = lambda *_, value=step: value  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for control in controls:
-            del control.squared_norm, control.training_step
-
-
-_FROZEN: dict[GradientFlow, tuple[Tensor, Any]] = {}
-
-
 def without_control(model: nn.Module, run: Program) -> Program:
+    """``run`` with every flow's training step held at what it is now, so that the norm control costs nothing. With the same weights at the
+    same places: of two copies of one network, one can be slower throughout."""
+    held = []
+    for flow in (module for module in model.modules() if isinstance(module, GradientFlow)):
+        squared = flow.control.squared_norm(flow.linear, homogeneous).detach()
+        held.append((flow.control, squared, flow.control.training_step(squared, 1.0, flow.tableau)))
+
     def frozen_run() -> None:
-        with frozen(model):
-            run()
+        for control, squared, step in held:
+            control.squared_norm = lambda *_, value=squared: value  # type: ignore[method-assign]
+            control.training_step = lambda *_, value=step: value  # type: ignore[method-assign]
+        run()
+        for control, *_ in held:
+            del control.squared_norm, control.training_step
 
     return frozen_run
 

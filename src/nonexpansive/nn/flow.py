@@ -232,8 +232,6 @@ class Flows(nn.ModuleList):
     convolutions with padding by zeros.
     """
 
-    recompute = 0
-
     def __init__(self, flows: Iterable[nn.Module] = (), recompute: int = 0) -> None:
         super().__init__(flows)
         if not isinstance(recompute, int) or recompute < 0:
@@ -253,20 +251,21 @@ class Flows(nn.ModuleList):
             for member in self:
                 x = member(x, *level)
             return x
-        pinned = [(member, _Pin(_within(member))) for member in self]  # type: ignore[arg-type]
+        pinned = [(member, _Pin(_within(member))) for member in self]
         for first in range(0, len(pinned), self.recompute):
             segment = pinned[first : first + self.recompute]
             x = checkpoint(partial(_again, segment), x, *level, use_reentrant=False)  # type: ignore[assignment]
         return x
 
 
-def _within(member: nn.Module) -> nn.Module:
+def _within(member: nn.Module) -> Any:
+    """The gradient flow of a member, where recomputing has been asked for."""
     return member.inner if isinstance(member, Lifted) else member
 
 
 def _again(segment: list[tuple[nn.Module, _Pin]], x: Tensor, *level: Tensor | float) -> Tensor:
     for member, pin in segment:
-        flow: GradientFlow = _within(member)  # type: ignore[assignment]
+        flow = _within(member)
         flow._pinned = pin
         try:
             x = member(x, *level)
