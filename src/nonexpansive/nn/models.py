@@ -205,7 +205,8 @@ class ProximalDenoiser(ImageDenoiser):
     ``modulus``-weakly convex by construction: D is 1/(1 - ``modulus``)-Lipschitz for every fixed σ, not averaged. What the freedom to
     be concave buys is strength; what is left of the theory is descent on an objective (:class:`nonexpansive.restore.Descent`).
 
-    - ``channels``: 1 or 3; ``factor``, ``kernel``: the filters begin as :func:`cosine_frame`'s, of side factor·kernel;
+    - ``channels``: 1 or 3; ``factor``, ``kernel``: the filters have side factor·kernel. They begin as :func:`cosine_frame`'s, or, for a
+      smaller ``frame``, as those of side factor·``frame`` with zeros around them, which are fewer;
     - ``ramps``, ``rise``: of :class:`~nonexpansive.nn.pooled.WeaklyConvexRamps`;
     - ``tolerance``: of :class:`~nonexpansive.nn.implicit.Resolvent` in evaluation mode, relative to ‖y - ½‖.
     """
@@ -221,8 +222,10 @@ class ProximalDenoiser(ImageDenoiser):
         modulus: float = 0.9,
         rise: float = 12.0,
         tolerance: float = 5e-5,
+        frame: int | None = None,
     ) -> None:
         super().__init__()
+        frame = kernel if frame is None else frame
         if channels not in (1, 3):
             raise BadInput(f"channels must be 1 (grey) or 3 (colour), not {channels}")
         if kernel % 2 == 0 or kernel < 1:
@@ -231,10 +234,13 @@ class ProximalDenoiser(ImageDenoiser):
             raise BadInput(
                 f"factor is at least 1, and filters see more than one pixel; not {factor} and kernel {kernel}"
             )
+        if not 0 < frame <= kernel or frame % 2 == 0 or factor * frame < 2:
+            raise BadInput(f"frame is odd and at most the kernel, {kernel}, and sees more than one pixel; not {frame}")
         self.channels = channels
-        inputs, outputs = channels * factor**2, channels * ((factor * kernel) ** 2 - 1)
+        inputs, outputs = channels * factor**2, channels * ((factor * frame) ** 2 - 1)
         linear = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        linear.weight = nn.Parameter(SCALE * cosine_frame(channels, factor, kernel))
+        border = [(kernel - frame) // 2] * 4
+        linear.weight = nn.Parameter(nn.functional.pad(SCALE * cosine_frame(channels, factor, frame), border))
         size = SCALE * (inputs / outputs) ** 0.5
         sigma = WeaklyConvexRamps(outputs, -(-outputs // 3), ramps, 0.012 * size, modulus, rise)
         self.lifted = Lifted(Resolvent(linear, sigma, 1.0, tolerance, relative=True), inputs, factor)
