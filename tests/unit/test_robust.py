@@ -83,6 +83,15 @@ def test_no_attack_succeeds_within_a_certified_radius(digits: Trained, part: obj
     require_sound(digits.made, digits.evaluation, found)
 
 
+def test_radii_near_the_images_are_asked_for_those_that_are_right(digits: Trained) -> None:
+    near = evaluate(digits.made, digits.images, digits.labels, batch=20, local=True)
+    prediction, radius = digits.made.radii(digits.images / 255, local=True)
+    right, global_radius = near.correct, digits.evaluation.radius
+    assert torch.equal(near.prediction, prediction) and torch.equal(near.radius[~right], global_radius[~right])
+    assert torch.allclose(near.radius[right], radius[right], rtol=1e-9)
+    assert bool((near.radius >= global_radius).all()) and bool((near.radius > 1.05 * global_radius).any())
+
+
 def test_an_attack_beyond_the_radius_succeeds(digits: Trained) -> None:
     found = attacked(digits, 4 * digits.evaluation.certified)
     right = digits.evaluation.certified > 0

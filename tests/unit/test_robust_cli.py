@@ -51,19 +51,31 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_certified_accuracy_on_images(weights: Path, tmp_path: Path) -> None:
-    text = run(
-        "certify", weights, "--data", tmp_path, "--limit", 50, "--report", tmp_path / "r", "--json", tmp_path / "j.json"
+@pytest.mark.parametrize("local", [False, True])
+def test_certified_accuracy_on_images(local: bool, weights: Path, tmp_path: Path) -> None:
+    options = (
+        "--limit",
+        50,
+        "--report",
+        tmp_path / "r",
+        "--json",
+        tmp_path / "j.json",
+        *(["--local"] if local else []),
     )
+    text = run("certify", weights, "--data", tmp_path, *options)
     result = json.loads((tmp_path / "j.json").read_text())
     images, model = load_images("digits", "test")[:50], checkpoint.load(weights).double()
     x: Tensor = images.images.float() / 255
-    prediction, radius = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64).radii(x)
+    prediction, radius = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64).radii(x, local=local)
     right = prediction == images.labels
     assert result["clean"]["accuracy"] == [right.double().mean().item()]
     for epsilon, accuracy in zip(result["certified"]["epsilons"], result["certified"]["accuracy"], strict=True):
         assert accuracy == (right & (radius > epsilon)).double().mean().item()
-    assert "certified at 36/255" in text and result["arithmetic"] == "float64"
+    assert (
+        "certified at 36/255" in text
+        and ("near the image" in text) == ("near the image" in result["statement"]) == local
+    )
+    assert result["arithmetic"] == "float64"
     assert {file.name for file in (tmp_path / "r").iterdir()} == {"report.md", "curves.png", "result.json"}
 
 
@@ -86,7 +98,7 @@ def test_a_photograph_is_classified(weights: Path, tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     model = checkpoint.load(weights).double()
     x = fitted(read_image(tmp_path / "digit.png").tensor, (1, 8, 8))[None]
-    prediction, radius = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64).radii(x)
+    prediction, radius = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64).radii(x, local=True)
     assert result["class"] == DIGITS[int(prediction)] and result["radius"] == pytest.approx(float(radius), rel=1e-6)
     assert result["adversary"] != result["class"] and result["distance"] > result["radius"] > 0
     assert figure.stat().st_size > 0 and "brought to 8x8" in text
@@ -105,6 +117,7 @@ def test_a_picture_is_brought_to_the_size_of_the_network() -> None:
     ("arguments", "message"),
     [
         (("certify", "MODEL", "--report", "r"), "give --data"),
+        (("certify", "MODEL", "--local"), "give --data"),
         (("certify", "MODEL", "--size", "9x9"), "takes pictures of 8x8"),
         (("certify", "MODEL", "--data", ".", "--size", "8x8"), "--size is for denoisers"),
         (("attack", "MODEL", "--data", ".", "--attack", "fgsm"), "there are pgd, auto"),

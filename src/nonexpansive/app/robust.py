@@ -47,6 +47,12 @@ Source = Annotated[
         help="The data set: cifar10, mnist, ..., an .npz or a folder in DIR. [default: what the model was trained on]"
     ),
 ]
+Local = Annotated[
+    bool,
+    typer.Option(
+        "--local", help="Bound the margins near each image besides: larger radii, at some hundred times the time."
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
 
 
@@ -63,6 +69,7 @@ def certify_model(
     ] = False,
     data: Data = None,
     source: Source = None,
+    local: Local = False,
     limit: Annotated[int, typer.Option(min=0, help="Only the first so many test images; 0: all.")] = 0,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report.md, curves.png and result.json there.")
@@ -74,8 +81,8 @@ def certify_model(
         check_writable(json_file, suffixes=(".json",))
     module = checkpoint.load(model)
     if data is None:
-        if report is not None or source is not None or limit:
-            raise BadInput("--report, --source and --limit are about images: give --data DIR")
+        if report is not None or source is not None or limit or local:
+            raise BadInput("--report, --source, --limit and --local are about images: give --data DIR")
         shape = _shape(module, size)
         certificate = certify(module, shape, arithmetic=torch.float32 if float32 else None)
         out.print(str(certificate), markup=False)
@@ -87,9 +94,10 @@ def certify_model(
     classifier = _classifier(module, model)
     images = _images(classifier, model, data, source, limit)
     made = _made(classifier, float32)
+    statement = made.statement + ("; or by a bound on the margins near the image" if local else "")
     if not _rank():
-        out.print(made.statement, markup=False)
-    evaluation = _evaluated(made, images)
+        out.print(statement, markup=False)
+    evaluation = _evaluated(made, images, local)
     if _rank():
         return
     clean = Curve.of("clean", evaluation.correct.double(), [0.0])
@@ -105,7 +113,7 @@ def certify_model(
     table = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), row))
     out.print(table, markup=False)
     result = {
-        "command": "certify", "model": model, "statement": made.statement, "arithmetic": made.arithmetic,
+        "command": "certify", "model": model, "statement": statement, "arithmetic": made.arithmetic,
         "clean": clean.to_json(), "certified": certified.to_json(), "certificate": made.certificate.to_json(),
     }  # fmt: skip
     if report is not None:
@@ -118,7 +126,7 @@ def certify_model(
             f"L ≤ {above(made.lipschitz)}, {made.arithmetic} program",
         )
         with atomic(report / "report.md") as temporary:
-            text = f"# {model}, certified\n\n{made.statement}. Accuracy in %, with 95 % intervals.\n\n{table}\n\n![curves](curves.png)\n"
+            text = f"# {model}, certified\n\n{statement}. Accuracy in %, with 95 % intervals.\n\n{table}\n\n![curves](curves.png)\n"
             temporary.write_text(text, encoding="utf-8")
         write_json(report / "result.json", result)
     if json_file is not None:
@@ -139,6 +147,7 @@ def attack(
         typer.Option(min=0.0, help="ℓ2 radius in units of images in [0, 1]; repeatable. [default: 36/255]"),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="The first so many test images.")] = 100,
+    local: Local = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random starts.")] = 0,
     json_file: Json = None,
 ) -> None:
@@ -154,7 +163,7 @@ def attack(
     images = _images(classifier, model, data, source, limit)
     steps = sorted({0.0, *(epsilon or STANDARD[:1])})
     made = _made(classifier, False)
-    evaluation = _evaluated(made, images)
+    evaluation = _evaluated(made, images, local)
 
     def attacked(own: Any, tick: Callable[[int], None]) -> Found:
         return search(classifier, pixels(own.images), own.labels, steps[1:], which, seed=seed + _rank(), watch=tick)
@@ -208,7 +217,7 @@ def classify(
     classifier = _classifier(checkpoint.load(model), model).requires_grad_(False)
     x = fitted(picture.tensor, classifier.shape)[None]
     made = _made(classifier, False)
-    prediction, radius = made.radii(x)
+    prediction, radius = made.radii(x, local=made.only_global is None)
     logits = made.logits(x)[0]
     first, second = logits.topk(2).values.tolist()
     name = classifier.classes[int(prediction)]
@@ -305,9 +314,12 @@ def _images(classifier: Classifier, name: str, data: Path, source: str | None, l
     return images[: limit or len(images)]
 
 
-def _evaluated(made: CertifiedClassifier, images: Any) -> Evaluation:
+def _evaluated(made: CertifiedClassifier, images: Any, local: bool) -> Evaluation:
+    if local and made.only_global is not None:
+        raise BadInput(f"--local: no bound near an image is known through {made.only_global}, leave it out")
+
     def certified(own: Any, tick: Callable[[int], None]) -> tuple[Tensor, ...]:
-        evaluation = evaluate(made, own.images, own.labels, watch=tick)
+        evaluation = evaluate(made, own.images, own.labels, batch=32 if local else 256, local=local, watch=tick)
         return evaluation.label, evaluation.prediction, evaluation.radius
 
     return Evaluation(*_shared("certifying", images, certified))

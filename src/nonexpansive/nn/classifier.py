@@ -127,8 +127,16 @@ class Symmetrised(nn.Module):
 
     def views(self, x: Tensor) -> list[Tensor]:
         """What T sees of x: each (B, C, H, W)."""
-        moved = [shifted(x, by) for s in self.shifts for by in sorted({(s, s), (-s, -s)})]
-        return [view for y in moved for view in (y, y.flip(-1))]
+        return [view for by in self._moves() for y in [shifted(x, by)] for view in (y, y.flip(-1))]
+
+    def _moves(self) -> list[tuple[int, int]]:
+        return [by for s in self.shifts for by in sorted({(s, s), (-s, -s)})]
+
+    def back(self, views: list[Tensor]) -> Tensor:
+        """The adjoint of ``views``: what a functional of the views is as one of x."""
+        moves = [(-by[0], -by[1]) for by in self._moves() for _ in range(2)]
+        flipped = [view.flip(-1) if k % 2 else view for k, view in enumerate(views)]
+        return torch.stack([shifted(view, by) for view, by in zip(flipped, moves, strict=True)]).sum(0)
 
     def mean(self, outputs: list[Tensor]) -> Tensor:
         return torch.stack(outputs).sum(0) * (1 / len(outputs))

@@ -342,8 +342,11 @@ def _stated(linear: nn.Module, norm: float) -> tuple[str, ...]:
 _E = TypeVar("_E", Enclosure, Observed)
 
 
-def _maps(linear: nn.Module, shape: Shape, norm: float, rounds: bool) -> tuple[LinearMap, LinearMap]:
-    """x ↦ Ax + b for x of ``shape``, and s ↦ Aᵀs; the second follows samples that went through the first."""
+def linear_maps(linear: nn.Module, shape: Shape, norm: float, rounds: bool = True) -> tuple[LinearMap, LinearMap]:
+    """x ↦ Ax + b for x of ``shape``, and s ↦ Aᵀs, with ‖A‖ ≤ ``norm``; the second follows samples that went through the first.
+
+    ``rounds``: whether their rounding is asked for too.
+    """
     middle = output_shape(linear, shape)
     absolute, (forward, adjoint) = (absolute_norm_bound(linear), terms(linear)) if rounds else (0.0, (0, 0))
     pullbacks: list[Pullback] = [torch.neg, torch.neg]
@@ -368,7 +371,7 @@ def _maps(linear: nn.Module, shape: Shape, norm: float, rounds: bool) -> tuple[L
 
 def _field(linear: nn.Module, activation: nn.Module, y: _E, shape: Shape, norm: float, h: float) -> _E:
     """hAᵀσ(Ay + b) for y of ``shape``: its size, and how far its computed value may be off."""
-    forward, adjoint = _maps(linear, shape, norm, y.unit > 0)
+    forward, adjoint = linear_maps(linear, shape, norm, y.unit > 0)
     s = y.linear(forward).elementwise(slopes(activation), activation)
     out = s.linear(adjoint) * h
     # h is multiplied into the weights, which may underflow there

@@ -40,6 +40,10 @@ from nonexpansive.math.rounding import UNIT, above, gamma
 from nonexpansive.nn.classifier import Classifier, Symmetrised
 from nonexpansive.nn.flow import LIPSCHITZ, GradientFlow, observe
 from nonexpansive.nn.linear import is_torch
+from nonexpansive.robust.local import FEW, majorant, unsupported
+
+REACH = 1.25
+"""Near an image margins are bounded for a radius so many times the one that the Lipschitz constant gives."""
 
 
 class Radii(NamedTuple):
@@ -101,14 +105,23 @@ class CertifiedClassifier:
             f"L ≤ {above(self.lipschitz)}, {how}"
         )
 
+    @property
+    def only_global(self) -> str | None:
+        """Why there are no ``local`` radii: the first layer through which they are not known; None where there are."""
+        return unsupported(self._features)
+
     @torch.inference_mode()
-    def radii(self, x: Tensor, batch: int = 256) -> Radii:
+    def radii(self, x: Tensor, batch: int = 256, *, local: bool = False) -> Radii:
         """The class and the certified radius of each image of x (N, *shape), ``batch`` images at a time.
 
-        Raises BadInput for images of another shape, of whole numbers, or none at all.
+        ``local``: the larger of this radius and one from a bound on the margins near each image
+        (:mod:`nonexpansive.robust.local`), which takes some hundred times as long.
+
+        Raises BadInput for images of another shape, of whole numbers, or none at all, Refused for ``local`` where ``only_global``
+        is not None.
         """
         self._check(x)
-        parts = [self._radii(images) for images in x.split(batch)]
+        parts = [self._radii(images, local) for images in x.split(batch)]
         return Radii(torch.cat([p.prediction for p in parts]), torch.cat([p.radius for p in parts]))
 
     @torch.inference_mode()
@@ -127,22 +140,32 @@ class CertifiedClassifier:
 
     def _run(self, x: Tensor) -> tuple[list[_Met], Tensor]:
         """What each layer of the copy meets, in order, and its logits."""
+        return _follow(self._reference, self._seen(x), self._unit)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """x as the copy is given it."""
         like = next(self.model.parameters(), x)
         if self.arithmetic != "exact":
             x = x.to(like.dtype)  # the very image that the program is given
         y = x.to(like.device, torch.float64)
-        y = y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
-        return _follow(self._reference, y, self._unit)
+        return y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
 
-    def _radii(self, x: Tensor) -> Radii:
-        met, z = self._run(x)
-        own = alpha = torch.zeros_like(met[0].size)
+    @property
+    def _features(self) -> nn.Sequential:
+        layers = list(_opened(self._reference))
+        return nn.Sequential(*(layers if self._copy.head is None else layers[:-1]))
+
+    def _radii(self, x: Tensor, local: bool = False) -> Radii:
+        y = self._seen(x)
+        met, z = _follow(self._reference, y, self._unit)
+        own = near = alpha = torch.zeros_like(met[0].size)
         beta, growth = 0.0, 1.0
         for (given, seen), copied, program in zip(met, self._copy.features, self._program.features, strict=False):
             # own: how far the copy may be from the exact map; alpha + beta·r: how far the program, at a distance of up to r
             L, e, slope = program.lipschitz, program.error, program.error.slope * LIPSCHITZ
             here = torch.minimum(e.slope * given + e.constant, seen)
             alpha, beta = L * alpha + here + slope * (own + alpha), L * beta + slope * (growth + beta)
+            near = torch.maximum(near, own)
             own, growth = copied.lipschitz * own + copied.error.slope * given + copied.error.constant, L * growth
 
         prediction = z.argmax(1)
@@ -164,8 +187,33 @@ class CertifiedClassifier:
         lost = apart * (own + alpha)[:, None] + fixed + fixed.gather(1, prediction[:, None])
         speed = apart * (self.lipschitz + beta) + moving + moving.expand_as(z).gather(1, prediction[:, None])
         left = margin - lost * SLACK
-        radius = torch.where(left > 0, left / speed / SLACK**2, 0.0).where(rivals, torch.inf).amin(1)
-        return Radii(prediction, radius.where(z.isfinite().all(1), 0.0))
+        radius = torch.where(left > 0, left / speed / SLACK**2, 0.0).where(rivals, torch.inf)
+        if local:
+            elsewhere = speed - apart * self.lipschitz * (1 - FEW)
+            radius = self._refined(y, prediction, radius, left, elsewhere, torch.maximum(near, own))
+        return Radii(prediction, radius.amin(1).where(z.isfinite().all(1), 0.0))
+
+    def _refined(
+        self, y: Tensor, prediction: Tensor, radius: Tensor, left: Tensor, speed: Tensor, near: Tensor
+    ) -> Tensor:
+        """``radius`` (N, classes), where it matters the larger of it and what a majorant of the exact margin's fall gives, with
+        ``speed`` all that is lost per unit of distance besides. Rivals are taken in the order of their radii, until
+        one of them is further than what all before it have now."""
+        head, radius = self._copy.head, radius.clone()
+        rows = torch.eye(self.classes, dtype=y.dtype, device=y.device) if head is None else head.weight
+        order, features = radius.argsort(1), self._features
+        nearest = torch.full_like(near, torch.inf)
+        for rival in order.T[:-1]:
+            before = radius.gather(1, rival[:, None])[:, 0]
+            (these,) = ((before < nearest) & (before > 0)).nonzero(as_tuple=True)
+            if len(these):
+                i, j = prediction[these], rival[these]
+                bound = majorant(features, y[these], rows[i] - rows[j], near[these], REACH * before[these])
+                off = (sizes(rows)[i] + sizes(rows)[j]) * FEW  # of the difference of the rows
+                own = bound.radius(left[these, j], speed[these, j] + off)
+                radius[these, j] = torch.where(own > before[these], own, before[these])
+            nearest = torch.minimum(nearest, radius.gather(1, rival[:, None])[:, 0])
+        return radius
 
 
 def certify_classifier(
@@ -278,6 +326,15 @@ def _met(y: Tensor) -> _Met:
 def _chained(module: nn.Module) -> list[nn.Module]:
     """What a Sequential or a Classifier applies, in order, the same layer perhaps twice; of any other module nothing."""
     return list(module._modules.values()) if type(module) in (nn.Sequential, Classifier) else []  # type: ignore[arg-type]
+
+
+def _opened(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers in the order in which they are applied, Sequentials and the two parts of a Classifier opened."""
+    if children := _chained(module):
+        for child in children:
+            yield from _opened(child)
+    else:
+        yield module
 
 
 def _in_float64(model: nn.Module) -> nn.Module:
