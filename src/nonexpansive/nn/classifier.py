@@ -31,6 +31,7 @@ from nonexpansive.math.certificate import (
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import euclidean, root, times
 from nonexpansive.nn.flow import GradientFlow
+from nonexpansive.nn.majorant import Rigid, Trace, Views, trace, tracer
 from nonexpansive.nn.resize import Residual, Scale
 from nonexpansive.nn.sort import MaxMin
 
@@ -50,10 +51,20 @@ class Classifier(nn.Module):
         self.features, self.head = features, head
         self.shape, self.classes = tuple(shape), tuple(map(str, classes))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, truth: Tensor | None = None, reach: float = 0.0) -> Tensor:
+        """Logits (B, K). With the true classes ``truth`` (B,), for training: the strongest rival's logit is changed by how much the
+        bound near each image (:mod:`nonexpansive.nn.majorant`) of what the margin loses within ``reach`` differs from what it
+        could by L = 1. Raises Refused for features through which no such bound is known."""
         if tuple(x.shape[1:]) != self.shape:
             raise BadInput(f"this classifier takes images (B, {', '.join(map(str, self.shape))}), not {tuple(x.shape)}")
-        return self.head(self.features(x))
+        if truth is None:
+            return self.head(self.features(x))
+        met, weight = trace(self.features, x, sound=False), self.head.weight
+        logits = F.linear(met.output, weight, self.head.bias).to(x.dtype)
+        rival = logits.detach().scatter(1, truth[:, None], -torch.inf).argmax(1)
+        rows = (weight[truth] - weight[rival]).to(x.dtype)
+        fall = met.majorant(rows, x.new_full(truth.shape, reach)).within(reach)
+        return logits.scatter_add(1, rival[:, None], (fall - reach * rows.norm(dim=1))[:, None])
 
 
 @rule(Classifier)
@@ -168,6 +179,29 @@ def _symmetrised(module: Symmetrised, shape: Shape, unit: float) -> Certificate:
         rule="the mean of what is at most that large",
     )  # fmt: skip
     return chain(inner, mean, rule=f"Symmetrised: the mean over {views} views, each of norm at most 1")
+
+
+@tracer(Centre)
+def _centre_traced(module: Centre, x: Tensor, sound: bool) -> Trace:
+    return Trace([], module(x))
+
+
+@tracer(Channels)
+def _channels_traced(module: Channels, x: Tensor, sound: bool) -> Trace:
+    before, after = x.shape[1], module.channels
+
+    def dropped(w: Tensor) -> Tensor:
+        return torch.cat((torch.zeros_like(w[:, :after]), w[:, after:]), 1)
+
+    return Trace([Rigid(module, Channels(before), dropped if before > after else None)], module(x))
+
+
+@tracer(Symmetrised)
+def _symmetrised_traced(module: Symmetrised, x: Tensor, sound: bool) -> Trace:
+    if module.training:
+        return trace(module.inner, x, sound)
+    parts, outputs = zip(*(trace(module.inner, view, sound) for view in module.views(x)), strict=True)
+    return Trace([Views(module.views, module.back, parts)], module.mean(list(outputs)))
 
 
 class UnitRows(nn.Module):

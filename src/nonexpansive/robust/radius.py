@@ -40,7 +40,7 @@ from nonexpansive.math.rounding import UNIT, above, gamma
 from nonexpansive.nn.classifier import Classifier, Symmetrised
 from nonexpansive.nn.flow import LIPSCHITZ, GradientFlow, observe
 from nonexpansive.nn.linear import is_torch
-from nonexpansive.robust.local import FEW, majorant, unsupported
+from nonexpansive.nn.majorant import FEW, trace, untraced
 
 REACH = 1.25
 """Near an image margins are bounded for a radius so many times the one that the Lipschitz constant gives."""
@@ -108,14 +108,14 @@ class CertifiedClassifier:
     @property
     def only_global(self) -> str | None:
         """Why there are no ``local`` radii: the first layer through which they are not known; None where there are."""
-        return unsupported(self._features)
+        return untraced(self._features)
 
     @torch.inference_mode()
     def radii(self, x: Tensor, batch: int = 256, *, local: bool = False) -> Radii:
         """The class and the certified radius of each image of x (N, *shape), ``batch`` images at a time.
 
         ``local``: the larger of this radius and one from a bound on the margins near each image
-        (:mod:`nonexpansive.robust.local`), which takes some hundred times as long.
+        (:mod:`nonexpansive.nn.majorant`), which takes some hundred times as long.
 
         Raises BadInput for images of another shape, of whole numbers, or none at all, Refused for ``local`` where ``only_global``
         is not None.
@@ -208,7 +208,8 @@ class CertifiedClassifier:
             (these,) = ((before < nearest) & (before > 0)).nonzero(as_tuple=True)
             if len(these):
                 i, j = prediction[these], rival[these]
-                bound = majorant(features, y[these], rows[i] - rows[j], near[these], REACH * before[these])
+                met = trace(features, y[these])
+                bound = met.majorant(rows[i] - rows[j], REACH * before[these], near[these])
                 off = (sizes(rows)[i] + sizes(rows)[j]) * FEW  # of the difference of the rows
                 own = bound.radius(left[these, j], speed[these, j] + off)
                 radius[these, j] = torch.where(own > before[these], own, before[these])

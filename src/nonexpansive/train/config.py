@@ -105,7 +105,10 @@ class ClassifyData:
     area is uniform in `erase` (0, 0: none).
 
     The loss is `cross_entropy` of (z - ξ·onehot(y))/τ, times τ, or the `multi_margin` hinge Σ_j max(0, ξ - z_y + z_j)/K
-    over j ≠ y; ξ is `margin`, τ the `temperature`. Validation's headline is the share of images that are classified
+    over j ≠ y; ξ is `margin`, τ the `temperature`. With a radius `near` above 0 the logit of the strongest rival is
+    z_j + F - `near`·‖w_y - w_j‖ in place of z_j, F a bound of what the margin may lose within `near` of the image
+    (`Classifier.forward`): it enlarges the radii that are certified near images, and a step takes some five times as long.
+    Validation's headline, by the Lipschitz constant alone, is the share of images that are classified
     rightly with a radius above `radius` (in units of images in [0, 1]; 0: rightly at all), so it decides "best".
     """
 
@@ -118,11 +121,12 @@ class ClassifyData:
     loss: Literal["cross_entropy", "multi_margin"] = "cross_entropy"
     margin: float = 0.0
     temperature: float = 1.0
+    near: float = 0.0
     radius: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0 < self.validation < 1, "data.validation", self.validation, "a fraction between 0 and 1")
-        for name in ("limit", "crop", "margin", "radius"):
+        for name in ("limit", "crop", "margin", "near", "radius"):
             _require(0 <= getattr(self, name) < math.inf, f"data.{name}", getattr(self, name), "finite, at least 0")
         _require(0 < self.temperature < math.inf, "data.temperature", self.temperature, "positive and finite")
         low, high = self.erase

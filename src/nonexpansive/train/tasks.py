@@ -170,7 +170,8 @@ class ClassifyTask:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         images, labels = batch
-        logits, margin = model(images).float(), self.data.margin
+        logits = model(images, labels, self.data.near) if self.data.near else model(images)
+        logits, margin = logits.float(), self.data.margin
         if self.data.loss == "multi_margin":
             return F.multi_margin_loss(logits, labels, margin=margin)
         behind = logits - margin * F.one_hot(labels, logits.shape[1])

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import nonexpansive.robust.local
+import nonexpansive.nn.majorant
 from nonexpansive.errors import Refused
 from nonexpansive.nn import AdaptiveSteps, GradientFlow, MaxMin
 from nonexpansive.nn.classifier import Centre, Channels, Classifier, Symmetrised, flow_classifier
+from nonexpansive.nn.linear import homogeneous
+from nonexpansive.nn.majorant import Majorant, trace
 from nonexpansive.robust import Evaluation, certify_classifier, require_sound, search
-from nonexpansive.robust.local import Majorant, majorant
 
 SHAPE = (3, 8, 8)
 
@@ -109,7 +111,7 @@ def test_no_perturbation_makes_a_margin_fall_further(name: str, reach: float) ->
     if name == "substeps":
         assert max(flow.step()[1] for flow in net if isinstance(flow, GradientFlow)) > 1
     zero = torch.zeros(len(x), dtype=torch.float64)
-    bound = majorant(net, x, rows, zero, zero + reach)
+    bound = trace(net, x).majorant(rows, zero + reach, zero)
     assert largest_excess(net, x, rows, bound, reach) <= 1e-12
     assert float(bound.rounding.max()) < 1e-9 * float(size(rows).max())
 
@@ -119,15 +121,18 @@ def test_a_bound_with_an_error_is_caught(part: str, monkeypatch: pytest.MonkeyPa
     """The perturbations above find out each of these: neurons that change their sign at no cost, ..."""
     net, x, rows = problem("dense")
     zero, reach = torch.zeros(len(x), dtype=torch.float64), 1.0
-    local = nonexpansive.robust.local
-    relaxed, through = local._relaxed, local._through
+    module = nonexpansive.nn.majorant
+    relaxed = module._relaxed
     if part == "penalty":
-        monkeypatch.setattr(local, "_relaxed", lambda *a: (relaxed(*a)[0], zero))
+        monkeypatch.setattr(module, "_relaxed", lambda *a: (relaxed(*a)[0], zero))
     if part == "slopes":
-        monkeypatch.setattr(local, "_relaxed", lambda *a: (1 - relaxed(*a)[0], relaxed(*a)[1]))
+        monkeypatch.setattr(module, "_relaxed", lambda *a: (1 - relaxed(*a)[0], relaxed(*a)[1]))
     if part == "longer step":
-        monkeypatch.setattr(local, "_through", lambda f, *a: through(f._replace(h=0.5 * f.h), *a))
-    bound = majorant(net, x, rows, zero, zero + reach)
+        whole = module._Bent
+        monkeypatch.setattr(
+            module, "_Bent", lambda apply, transpose, square, h, *a: whole(apply, transpose, square, h / 2, *a)
+        )
+    bound = trace(net, x).majorant(rows, zero + reach, zero)
     bound = bound._replace(**{part: zero} if part in ("curvature", "constant") else {})
     assert largest_excess(net, x, rows, bound, reach) > 1e-3
 
@@ -142,7 +147,7 @@ def test_it_bounds_more_sharply_than_the_lipschitz_constant(name: str) -> None:
 
     def fall(r: float) -> float:
         """Per unit of distance."""
-        bound = majorant(net, x, rows, zero, zero + r)
+        bound = trace(net, x).majorant(rows, zero + r, zero)
         return float((size(bound.linear) + bound.curvature * r + bound.constant / r).sum())
 
     slope, steepest = float(size(gradient).sum()), float(size(rows).sum())
@@ -219,9 +224,8 @@ def test_a_layer_with_no_such_bound_is_named() -> None:
         assert made.only_global is not None and name in made.only_global
         with pytest.raises(Refused, match=name):
             made.radii(images(2), local=True)
-    zero = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(Refused, match="Own"):
-        majorant(Own(nn.Flatten()), images(2), zero[:, None].expand(2, 192), zero, zero)
+        trace(Own(nn.Flatten()), images(2))
 
 
 def test_the_program_loses_its_rounding_here_too() -> None:
@@ -230,6 +234,54 @@ def test_the_program_loses_its_rounding_here_too() -> None:
         certify_classifier(model, SHAPE, arithmetic=a).radii(x, local=True).radius for a in (None, torch.float32)
     )
     assert bool((program <= exact).all()) and bool((program[exact > 0.02] < exact[exact > 0.02]).all())
+
+
+@pytest.mark.parametrize("settings", [{"sorting": False}, {}, {"activation": "leaky_relu", "sorting": False}])
+def test_in_training_it_is_the_same_bound_with_the_estimates_of_the_norms(settings: dict[str, object]) -> None:
+    model, x, y = trained(**settings)
+    with torch.no_grad():
+        model.train()
+        for flow in model.modules():
+            if isinstance(flow, GradientFlow):
+                for _ in range(500):
+                    flow.control.squared_norm(flow.linear, homogeneous)
+        raised, plain = model(x, y, 0.1), model(x)
+        model.eval()
+        rival = plain.scatter(1, y[:, None], -torch.inf).argmax(1)
+        rows = model.head.weight[y] - model.head.weight[rival]
+        double = copy.deepcopy(model).double()
+        fall = (
+            trace(double.features, x.double())
+            .majorant(rows.double(), torch.full((len(x),), 0.1, dtype=torch.float64))
+            .within(0.1)
+        )
+    change = (raised - plain).gather(1, rival[:, None])[:, 0]
+    assert torch.allclose(
+        change, (fall - 0.1 * size(rows)).float(), atol=0.04 * 0.1
+    )  # the bound on ‖A‖ is for any size
+    others = torch.ones_like(plain, dtype=torch.bool).scatter(1, rival[:, None], False)
+    assert torch.allclose(raised[others], plain[others], atol=1e-5) and float(change.mean()) < 0
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_training_makes_margins_fall_more_slowly(precision: torch.dtype) -> None:
+    model, x, y = trained(sorting=False)
+    model.train().requires_grad_(True)
+
+    def lost() -> float:
+        with torch.no_grad():
+            return float((model(x, y, 0.2) - model(x)).sum(1).mean())
+
+    before = lost()
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(15):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(x, y, 0.2).float() / 0.2, y)
+        optimiser.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+        optimiser.step()
+    assert lost() < before - 0.02 * 0.2
 
 
 def test_a_linear_classifier_gains_nothing() -> None:

@@ -1,0 +1,447 @@
+"""How far a margin can fall near one image: a quadratic majorant, by a single pass back through the network.
+
+A bound by the Lipschitz constant holds everywhere, and so pays for the steepest place anywhere. Near an image x most neurons keep the
+sign that they have, and where all of them do the margin is linear, often with half the slope. For a flow F(x) = x - hAᵀσ(Ax + b) with
+σ the ReLU and h‖A‖² ≤ 2, what neurons may do that change their sign is bounded as follows.
+
+Let ⟨v, δ'⟩ + κ‖δ'‖² + c bound the fall of the margin when F's *output* moves by δ'. With d = Aδ and Δ = σ(z + d) - σ(z), z = Ax + b,
+
+    δ' = δ - hAᵀΔ  and  ‖δ'‖² = ‖δ‖² - h(2⟨Δ, d - Δ⟩ + ⟨Δ, RΔ⟩) ≤ ‖δ‖² - h⟨Δ, RΔ⟩,   R = 2I - hAAᵀ ⪰ 0.
+
+1. ⟨Δ, RΔ⟩ ≥ 2⟨Rω, Δ⟩ - ⟨ω, Rω⟩ for every ω, as the left side is convex. So the fall is at most ⟨v, δ⟩ + ⟨u, Δ⟩ + κ‖δ‖² + c + hκ⟨ω, Rω⟩
+   with u = -h(Av + 2κRω).
+2. For slopes s ∈ [0, 1] and a λ > 0, ⟨u, Δ⟩ ≤ ⟨su, d⟩ + λ‖d‖² + Σ_k p_k, with p_k the maximum over d_k of u_k(Δ_k - s_k d_k) - λd_k².
+   It is 0 where u_k ≤ 0 and s_k = σ'(z_k), since the ReLU lies above its tangents. For u_k > 0 and t_k = s_k (1 - s_k where z_k > 0)
+
+       p_k = max(u²t², u²(1 - t)² - 4λu|z|)/4λ,  least for t = max(0, 1/2 - 2λ|z|/u),
+
+   so a neuron whose |z_k| exceeds u_k/4λ costs nothing: to change its sign would take more of the ball than that brings.
+3. λ‖Aδ‖² ≤ λ(S²‖δ‖² - 2⟨Mw, δ⟩ + ⟨w, Mw⟩) for every w, with S ≥ ‖A‖ and M = S²I - AᵀA ⪰ 0.
+
+Together: a bound of the same kind on the fall when F's *input* moves by δ, with
+
+    v + Aᵀ(su) - 2λMw,   κ + λS²,   c + hκ⟨ω, Rω⟩ + Σ_k p_k + λ⟨w, Mw⟩.
+
+Isometries and projections carry v back by their adjoint, a mean over views adds. At the image itself the margin m is certain while
+‖v‖r + κr² + c < m: a quadratic in r. Every choice of ω, λ, s and w gives a bound; the one made here is sharp near the attack along the
+gradient. A leaky ReLU is a part of the identity and a part of the ReLU, and MaxMin a flow whose A takes differences of channels.
+
+:func:`trace` runs a network and notes what it meets, :meth:`Trace.majorant` goes back. In evaluation mode what is returned is a bound of
+the exact map, rounding included, if the network is in float64. In training mode it follows the estimates of ‖A‖ that the
+training steps follow, and can be differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nonexpansive.errors import Refused
+from nonexpansive.math.enclosure import NOTHING, SLACK, sizes
+from nonexpansive.math.rounding import UNIT, gamma, times
+from nonexpansive.nn.control import sound_norm
+from nonexpansive.nn.flow import GradientFlow, linear_maps
+from nonexpansive.nn.linear import Pullback, affine, homogeneous
+from nonexpansive.nn.sort import MaxMin
+
+TILT = 0.8
+"""w and ω are this share of the deviations under the attack: at all of it v may turn over where κ is large."""
+
+PRICE = 0.5
+"""What λ is taken to cost per S²r², beside its cost along the attack itself."""
+
+ROUNDS = 12
+"""Of Newton's method for λ."""
+
+FEW = 2.0**-47
+"""More than the relative rounding of some thirty operations in float64."""
+
+
+class Majorant(NamedTuple):
+    """⟨v, δ⟩ + ρ‖δ‖ + κ‖δ‖² + c, for each of N samples: v ``linear`` (N, ...), ρ ``rounding``, κ ``curvature`` and c ``constant`` (N,).
+
+    It bounds by how much a margin falls when something in the network moves by δ, for every δ. ρ holds what v is off by rounding; None,
+    where rounding is left out.
+    """
+
+    linear: Tensor
+    rounding: Tensor | None
+    curvature: Tensor
+    constant: Tensor
+
+    def within(self, radius: Tensor | float) -> Tensor:
+        """The largest fall (N,) for ‖δ‖ ≤ ``radius``, rounding left out."""
+        return _square(self.linear).sqrt() * radius + self.curvature * radius * radius + self.constant
+
+    def radius(self, margin: Tensor, speed: Tensor) -> Tensor:
+        """The r (N,), from below, up to which ``margin`` - ``speed``·r exceeds the fall for all ‖δ‖ ≤ r; 0 where there is none."""
+        if self.rounding is None:
+            raise Refused("a majorant that leaves rounding out certifies nothing: trace with sound=True")
+        b = (sizes(self.linear) + self.rounding + speed) * SLACK
+        left = (margin / SLACK - self.constant * SLACK).clamp_min(0)
+        return 2 * left / (b + (b * b + 4 * self.curvature * SLACK * left).sqrt() * SLACK) / SLACK**2
+
+
+class Trace(NamedTuple):
+    """What a network met on samples (N, *shape), as :func:`trace` noted it: its ``parts`` in order, and its ``output`` (N, d)."""
+
+    parts: Sequence[_Part]
+    output: Tensor
+
+    def majorant(self, rows: Tensor, reach: Tensor, near: Tensor | None = None) -> Majorant:
+        """A majorant of the fall of ⟨rows, output⟩, a margin less its offset, as a function of how far each sample moves.
+
+        ``rows`` (N, d): w_i - w_j, taken as exact; ``reach`` (N,): the distance at which the bound is to be sharp; ``near`` (N,): how
+        far what each layer gives may be from what the exact map does. None: rounding does not count, here or in the trace.
+        """
+        zero = torch.zeros_like(reach)
+        with torch.no_grad():
+            against = _back(self.parts, -rows)
+            met, _ = _push(self.parts, against * _column(reach / _square(against).sqrt().clamp_min(NOTHING), against))
+        start = Majorant(-rows, None if near is None else zero, zero, zero)
+        return _pull(self.parts, met, start, reach, zero if near is None else near)
+
+
+Tracer = Callable[[Any, Tensor, bool], Trace]
+_TRACERS: dict[type[nn.Module], Tracer] = {}
+
+
+def tracer(*kinds: type[nn.Module]) -> Callable[[Tracer], Tracer]:
+    """Register how modules of exactly these types are traced: (module, x, whether rounding counts) → :class:`Trace`."""
+
+    def register(function: Tracer) -> Tracer:
+        _TRACERS.update(dict.fromkeys(kinds, function))
+        return function
+
+    return register
+
+
+def trace(module: nn.Module, x: Tensor, sound: bool = True) -> Trace:
+    """Run a network on x (N, *shape), noting what a majorant needs. ``sound``: rounding counts (for float64 alone); else it is left out.
+
+    Raises Refused for layers through which no such bound is known.
+    """
+    if (unknown := untraced(module)) is not None:
+        raise Refused(
+            f"no bound near an image is known through {unknown}; through flows of Euler steps with the ReLU or the leaky ReLU, MaxMin, "
+            "PixelUnshuffle, Channels, Centre, Flatten and means over views there is"
+        )
+    return _TRACERS[type(module)](module, x, sound)
+
+
+def untraced(module: nn.Module) -> str | None:
+    """The first layer through which there is no bound, in words; None if there is none such."""
+    if type(module) not in _TRACERS:
+        return type(module).__name__
+    if isinstance(module, GradientFlow):
+        known = _leak(module.activation) is not None and module.tableau.stages == 1
+        return None if known else f"{module.tableau.name} steps with {module.activation}"
+    return next((name for child in module.children() if (name := untraced(child)) is not None), None)
+
+
+# --------------------------------------------------------------------------------------------------------------------- parts
+
+
+class _Part(Protocol):
+    def back(self, v: Tensor) -> Tensor:
+        """The adjoint of the derivative at what was met."""
+        ...
+
+    def push(self, w: Tensor) -> tuple[Any, Tensor]:
+        """What ``pull`` is to be given for samples that are moved by w, and by how much the output moves then."""
+        ...
+
+    def pull(self, u: Majorant, met: Any, reach: Tensor, near: Tensor) -> Majorant:
+        """The majorant at the input from that at the output."""
+        ...
+
+
+def _back(parts: Sequence[_Part], v: Tensor) -> Tensor:
+    for part in reversed(parts):
+        v = part.back(v)
+    return v
+
+
+def _push(parts: Sequence[_Part], w: Tensor) -> tuple[list[Any], Tensor]:
+    met = []
+    for part in parts:
+        seen, w = part.push(w)
+        met.append(seen)
+    return met, w
+
+
+def _pull(parts: Sequence[_Part], met: list[Any], u: Majorant, reach: Tensor, near: Tensor) -> Majorant:
+    for part, seen in zip(reversed(parts), reversed(met), strict=True):
+        u = part.pull(u, seen, reach, near)
+    return u
+
+
+class Rigid(NamedTuple):
+    """A linear map P, with its ``adjoint``, that takes entries to entries, or drops them: ‖Pδ‖² = ‖δ‖² - ‖δ_dropped‖².
+
+    ``dropped``: δ with all but those entries set to 0; None where there are none.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+    dropped: Callable[[Tensor], Tensor] | None = None
+
+    def back(self, v: Tensor) -> Tensor:
+        return self.adjoint(v)
+
+    def push(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        return w, self.apply(w)
+
+    def pull(self, u: Majorant, met: Tensor, reach: Tensor, near: Tensor) -> Majorant:
+        """‖δ_dropped‖² ≥ 2⟨w, δ⟩ - ‖w‖² for every w among those entries."""
+        v = self.adjoint(u.linear)
+        if self.dropped is None:
+            return u._replace(linear=v)
+        w = TILT * self.dropped(met)
+        linear, constant = v - _column(2 * u.curvature, v) * w, u.constant + u.curvature * _square(w)
+        if u.rounding is None:
+            return u._replace(linear=linear, constant=constant)
+        off = (sizes(v) + 2 * u.curvature * sizes(w)) * FEW
+        return Majorant(linear, u.rounding + off, u.curvature, constant * SLACK)
+
+
+class Views(NamedTuple):
+    """The mean of one map over several views of its input: ``split`` into views, and its adjoint ``join``; the ``parts`` for each."""
+
+    split: Callable[[Tensor], list[Tensor]]
+    join: Callable[[list[Tensor]], Tensor]
+    parts: Sequence[Sequence[_Part]]
+
+    def back(self, v: Tensor) -> Tensor:
+        return self.join([_back(parts, v / len(self.parts)) for parts in self.parts])
+
+    def push(self, w: Tensor) -> tuple[list[list[Any]], Tensor]:
+        met, moved = zip(
+            *(_push(parts, view) for parts, view in zip(self.parts, self.split(w), strict=True)), strict=True
+        )
+        return list(met), torch.stack(moved).sum(0) / len(self.parts)
+
+    def pull(self, u: Majorant, met: list[list[Any]], reach: Tensor, near: Tensor) -> Majorant:
+        share = 1 / len(self.parts)
+        rounding = None if u.rounding is None else (u.rounding + sizes(u.linear) * FEW) * share
+        part = Majorant(u.linear * share, rounding, u.curvature * share, u.constant * share)
+        pulled = [_pull(parts, seen, part, reach, near) for parts, seen in zip(self.parts, met, strict=True)]
+        linear, off, curvature, constant = zip(*pulled, strict=True)
+        curvature, constant = (torch.stack(each).sum(0) * SLACK for each in (curvature, constant))
+        if rounding is not None:
+            rounding = torch.stack([*off, *(sizes(v) * FEW for v in linear)]).sum(0) * SLACK  # type: ignore[list-item]
+        return Majorant(self.join(list(linear)), rounding, curvature, constant)
+
+
+class _Bent(NamedTuple):
+    """x ↦ x - hAᵀσ(Ax + b), σ(t) = ``leak``·t for t < 0, at z = Ax + b.
+
+    ``square`` ≥ ‖A‖², with h·square ≤ 2. ``forward`` and ``adjoint``: how far, relative to their arguments' sizes, Ax and Aᵀs may be
+    off by rounding; ``off`` (N,): how far z may be, of the x that it was computed from. All three 0 where rounding does not count.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    transpose: Pullback
+    square: float | Tensor
+    h: float | Tensor
+    leak: float
+    z: Tensor
+    forward: float
+    adjoint: float
+    off: Tensor
+
+    def back(self, v: Tensor) -> Tensor:
+        return v - self.h * self.transpose(self.apply(v) * torch.where(self.z > 0, 1.0, self.leak))
+
+    def push(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        return w, w - self.h * self.transpose(self._sigma(self.z + self.apply(w)) - self._sigma(self.z))
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        return F.leaky_relu(t, self.leak)
+
+    def pull(self, u: Majorant, met: Tensor, reach: Tensor, near: Tensor) -> Majorant:
+        """The three steps above."""
+        h, w, image = self.h, TILT * met, self.apply(TILT * met)
+
+        # 1: what the flow takes from ‖δ‖²
+        omega = (self._sigma(self.z + image) - self._sigma(self.z)).detach()
+        pulled = self.transpose(omega)
+        taken = 2 * omega - h * self.apply(pulled)
+        coefficient = self.apply(u.linear) * -h - taken * _column(2 * h * u.curvature, taken)
+
+        # 2: neurons that change their sign
+        bent, ball = coefficient * (1 - self.leak), self.square * reach.square()
+        with torch.no_grad():
+            lam = _multiplier(bent, self.z, torch.minimum(ball * PRICE + _square(image), ball))
+        slope, penalty = _relaxed(bent, self.z, lam)
+        back = self.transpose((self.leak + (1 - self.leak) * slope) * coefficient)
+
+        # 3: ‖Aδ‖²
+        missed = self.square * w - self.transpose(image)
+
+        constant = u.constant + h * u.curvature * _inner(omega, taken) + penalty + lam * _inner(w, missed)
+        linear = u.linear + back - missed * _column(2 * lam, missed)
+        pulled_back = Majorant(linear, u.rounding, u.curvature + lam * self.square, constant)
+        if u.rounding is None:
+            return pulled_back
+        return self._rounded(u, pulled_back, near, w, image, omega, pulled, taken, coefficient, back, missed, lam)
+
+    def _rounded(
+        self, u: Majorant, after: Majorant, near: Tensor, w: Tensor, image: Tensor, omega: Tensor, pulled: Tensor,
+        taken: Tensor, coefficient: Tensor, back: Tensor, missed: Tensor, lam: Tensor,
+    ) -> Majorant:  # fmt: skip
+        """``after`` with all that float64 may have got wrong in ``pull`` (forward errors: Higham 2002, §3.5)."""
+        assert u.rounding is not None
+        h, curvature, norm = self.h, u.curvature, self.square**0.5 * SLACK
+        sums = w[:1].numel() * 2.0**-52 + omega[:1].numel() * 2.0**-52
+        size, size_w, size_omega, size_taken, size_missed, size_coefficient = map(
+            sizes, (u.linear, w, omega, taken, missed, coefficient)
+        )
+        off_taken = h * (self.forward * sizes(pulled) + norm * self.adjoint * size_omega)
+        off_taken = off_taken + FEW * (2 * size_omega + size_taken)
+        off_coefficient = h * (self.forward * size + 2 * curvature * off_taken)
+        off_coefficient = off_coefficient + FEW * h * (norm * size + 2 * curvature * size_taken)
+        off_missed = (
+            self.adjoint * sizes(image) + norm * self.forward * size_w + FEW * (self.square * size_w + size_missed)
+        )
+        off_linear = (self.adjoint + 4 * FEW * norm) * size_coefficient + 2 * lam * off_missed
+        off_linear = off_linear + FEW * (size + sizes(back) + 2 * lam * size_missed)
+        constant = (
+            after.constant
+            + h * curvature * size_omega * (off_taken + sums * size_taken)
+            + FEW * size_coefficient.square() / lam
+            + 2 * size_coefficient * (norm * near + self.off)  # z in place of the exact one
+            + lam * size_w * (off_missed + sums * size_missed)
+        )
+        rounding = (u.rounding + norm * off_coefficient + off_linear) * SLACK
+        return Majorant(after.linear, rounding, after.curvature * SLACK, constant * SLACK)
+
+
+def _multiplier(u: Tensor, z: Tensor, price: Tensor) -> Tensor:
+    """About the λ (N,) that minimises price·λ + Σ p(λ): Σ max(0, (u/4λ)² - z²) = price over u > 0, by Newton's method in 1/λ.
+
+    The left side is convex in 1/λ, so that once it has passed the solution it comes down on it."""
+    tiny = torch.finfo(price.dtype).tiny
+    square, away = u.flatten(1).clamp_min(0).square() / 16, z.flatten(1).square()
+    inverse = (price / square.sum(1).clamp_min(tiny)).sqrt()  # as if all z were 0, hence too small
+    for _ in range(ROUNDS):
+        held = square * inverse.square()[:, None]
+        near = held > away
+        over = (held - away).clamp_min(0).sum(1) - price
+        slope = 2 * (held * near).sum(1) / inverse
+        inverse = (inverse - over / slope.clamp_min(tiny)).clamp(min=inverse / 2, max=8 * inverse)
+    return (1 / inverse).clamp(1e-30, 1e30)
+
+
+def _relaxed(u: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """s, and Σ p (N,)."""
+    lam_, away, up = _column(lam, z), z.abs(), u.clamp_min(0)
+    with torch.no_grad():
+        t = (0.5 - 2 * lam_ * away / up.clamp_min(torch.finfo(u.dtype).tiny)).clamp_min(0) * (up > 0)
+    kept, crossed = (up * t).square(), (up * (1 - t)).square() - 4 * lam_ * up * away
+    return torch.where(z > 0, 1 - t, t), torch.maximum(kept, crossed).flatten(1).sum(1) / (4 * lam)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ (N,)."""
+    return (a * b).flatten(1).sum(1)
+
+
+def _square(a: Tensor) -> Tensor:
+    """‖a‖² (N,)."""
+    return a.flatten(1).square().sum(1)
+
+
+def _leak(activation: nn.Module) -> float | None:
+    """The slope below 0 of a ReLU or leaky ReLU, in [0, 1]; None for another σ."""
+    if type(activation) is nn.ReLU:
+        return 0.0
+    if type(activation) is nn.LeakyReLU and 0 <= activation.negative_slope <= 1:
+        return float(activation.negative_slope)
+    return None
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+# ------------------------------------------------------------------------------------------------------------------- tracers
+
+
+@tracer(nn.Sequential)
+def _sequential(module: nn.Sequential, x: Tensor, sound: bool) -> Trace:
+    parts: list[_Part] = []
+    for child in module:
+        inner = trace(child, x, sound)
+        parts, x = [*parts, *inner.parts], inner.output
+    return Trace(parts, x)
+
+
+@tracer(GradientFlow)
+def _flow(flow: GradientFlow, x: Tensor, sound: bool) -> Trace:
+    leak, linear = _leak(flow.activation), flow.linear
+    assert leak is not None
+    forward = adjoint = absolute = offset = 0.0
+    square: float | Tensor
+    if flow.training:
+        square = flow.control.squared_norm(linear, homogeneous)
+        h, n = flow.control.training_step(square, flow._steepest, flow.tableau)
+    else:
+        h, n = flow.step()
+        norm = sound_norm(linear)
+        square = times(norm, norm)
+        if not times(h, square) <= 2:
+            raise Refused(f"a step of h = {h:g} is longer than 2/‖A‖², so nothing is bounded near an image")
+        if sound:
+            there, back = linear_maps(linear, tuple(x.shape[1:]), norm)
+            forward, adjoint = (m.rounding(UNIT[torch.float64]) for m in (there, back))
+            absolute, offset = there.absolute, there.bias
+
+    def apply(t: Tensor) -> Tensor:
+        return homogeneous(linear, t)[0].to(t.dtype)
+
+    parts: list[_Part] = []
+    for _ in range(n):
+        z, transposed = affine(linear, x)
+        off = forward * (absolute * sizes(x) + offset) if sound else torch.zeros(())
+
+        def transpose(s: Tensor, scale: float | Tensor = 1.0, transposed: Pullback = transposed) -> Tensor:
+            return transposed(s, scale).to(s.dtype)
+
+        parts.append(
+            _Bent(apply, transpose, square, h, leak, z.to(x.dtype), forward * absolute, adjoint * absolute, off)
+        )
+        x = x + transpose(flow.activation(z), -h).to(x.dtype)
+    return Trace(parts, x)
+
+
+@tracer(MaxMin)
+def _maxmin(module: MaxMin, x: Tensor, sound: bool) -> Trace:
+    """(x_1, x_2) ↦ (x_1 + σ(x_2 - x_1), x_2 - σ(x_2 - x_1)): A takes x_2 - x_1, ‖A‖² = 2."""
+
+    def difference(t: Tensor) -> Tensor:
+        first, second = t.chunk(2, 1)
+        return second - first
+
+    rounding = 2 * gamma(2, UNIT[torch.float64]) if sound else 0.0
+    off = rounding * sizes(x) if sound else torch.zeros(())
+    bent = _Bent(difference, lambda s: torch.cat((-s, s), 1), 2.0, 1.0, 0.0, difference(x), rounding, rounding, off)
+    return Trace([bent], module(x))
+
+
+@tracer(nn.Identity)
+def _identity(module: nn.Identity, x: Tensor, sound: bool) -> Trace:
+    return Trace([], x)
+
+
+@tracer(nn.Flatten, nn.PixelUnshuffle)
+def _rearranged(module: nn.Module, x: Tensor, sound: bool) -> Trace:
+    shape = x.shape[1:]
+    if isinstance(module, nn.PixelUnshuffle):
+        factor = module.downscale_factor
+        return Trace([Rigid(module, lambda v: F.pixel_shuffle(v, factor))], module(x))
+    return Trace([Rigid(module, lambda v: v.reshape(-1, *shape))], module(x))
