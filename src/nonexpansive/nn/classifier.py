@@ -59,12 +59,14 @@ class Classifier(nn.Module):
             raise BadInput(f"this classifier takes images (B, {', '.join(map(str, self.shape))}), not {tuple(x.shape)}")
         if truth is None:
             return self.head(self.features(x))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # of an image in bfloat16 the bound would round away
         met, weight = trace(self.features, x, sound=False), self.head.weight
         logits = F.linear(met.output, weight, self.head.bias).to(x.dtype)
         rival = logits.detach().scatter(1, truth[:, None], -torch.inf).argmax(1)
         rows = (weight[truth] - weight[rival]).to(x.dtype)
         fall = met.majorant(rows, x.new_full(truth.shape, reach)).within(reach)
-        return logits.scatter_add(1, rival[:, None], (fall - reach * rows.norm(dim=1))[:, None])
+        change = fall - reach * rows.norm(dim=1)
+        return logits.scatter_add(1, rival[:, None], change.to(logits)[:, None])
 
 
 @rule(Classifier)
