@@ -94,7 +94,7 @@ def certify_model(
     classifier = _classifier(module, model)
     images = _images(classifier, model, data, source, limit)
     made = _made(classifier, float32)
-    statement = made.statement + ("; or by a bound on the margins near the image" if local else "")
+    statement = _statement(made, local)
     if not _rank():
         out.print(statement, markup=False)
     evaluation = _evaluated(made, images, local)
@@ -217,7 +217,8 @@ def classify(
     classifier = _classifier(checkpoint.load(model), model).requires_grad_(False)
     x = fitted(picture.tensor, classifier.shape)[None]
     made = _made(classifier, False)
-    prediction, radius = made.radii(x, local=made.only_global is None)
+    local = made.only_global is None
+    prediction, radius = made.radii(x, local=local)
     logits = made.logits(x)[0]
     first, second = logits.topk(2).values.tolist()
     name = classifier.classes[int(prediction)]
@@ -229,7 +230,8 @@ def classify(
     )
     result: dict[str, Any] = {
         "command": "classify", "photo": str(photo), "model": model, "class": name, "margin": first - second,
-        "radius": float(radius), "logits": dict(zip(classifier.classes, logits.tolist(), strict=True)), "statement": made.statement,
+        "radius": float(radius), "logits": dict(zip(classifier.classes, logits.tolist(), strict=True)),
+        "statement": _statement(made, local),
     }  # fmt: skip
     if figure is not None:
         from nonexpansive.app.figures import adversary
@@ -323,6 +325,10 @@ def _evaluated(made: CertifiedClassifier, images: Any, local: bool) -> Evaluatio
         return evaluation.label, evaluation.prediction, evaluation.radius
 
     return Evaluation(*_shared("certifying", images, certified))
+
+
+def _statement(made: CertifiedClassifier, local: bool) -> str:
+    return made.statement + ("; or by a bound on the margins near the image" if local else "")
 
 
 def _rank() -> int:

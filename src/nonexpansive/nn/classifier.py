@@ -185,7 +185,7 @@ def _symmetrised(module: Symmetrised, shape: Shape, unit: float) -> Certificate:
 
 @tracer(Centre)
 def _centre_traced(module: Centre, x: Tensor, sound: bool) -> Trace:
-    return Trace([], module(x))
+    return Trace([], module(x), sound)
 
 
 @tracer(Channels)
@@ -195,15 +195,15 @@ def _channels_traced(module: Channels, x: Tensor, sound: bool) -> Trace:
     def dropped(w: Tensor) -> Tensor:
         return torch.cat((torch.zeros_like(w[:, :after]), w[:, after:]), 1)
 
-    return Trace([Rigid(module, Channels(before), dropped if before > after else None)], module(x))
+    return Trace([Rigid(module, Channels(before), dropped if before > after else None)], module(x), sound)
 
 
 @tracer(Symmetrised)
 def _symmetrised_traced(module: Symmetrised, x: Tensor, sound: bool) -> Trace:
     if module.training:
         return trace(module.inner, x, sound)
-    parts, outputs = zip(*(trace(module.inner, view, sound) for view in module.views(x)), strict=True)
-    return Trace([Views(module.views, module.back, parts)], module.mean(list(outputs)))
+    parts, outputs, _ = zip(*(trace(module.inner, view, sound) for view in module.views(x)), strict=True)
+    return Trace([Views(module.views, module.back, parts)], module.mean(list(outputs)), sound)
 
 
 class UnitRows(nn.Module):

@@ -11,7 +11,8 @@ Let ⟨v, δ'⟩ + κ‖δ'‖² + c bound the fall of the margin when F's *outp
 1. ⟨Δ, RΔ⟩ ≥ 2⟨Rω, Δ⟩ - ⟨ω, Rω⟩ for every ω, as the left side is convex. So the fall is at most ⟨v, δ⟩ + ⟨u, Δ⟩ + κ‖δ‖² + c + hκ⟨ω, Rω⟩
    with u = -h(Av + 2κRω).
 2. For slopes s ∈ [0, 1] and a λ > 0, ⟨u, Δ⟩ ≤ ⟨su, d⟩ + λ‖d‖² + Σ_k p_k, with p_k the maximum over d_k of u_k(Δ_k - s_k d_k) - λd_k².
-   It is 0 where u_k ≤ 0 and s_k = σ'(z_k), since the ReLU lies above its tangents. For u_k > 0 and t_k = s_k (1 - s_k where z_k > 0)
+   It is 0 where u_k ≤ 0 and s_k is the slope of σ at z_k, since the ReLU lies above its tangents. For u_k > 0 and t_k = s_k (1 - s_k where
+   z_k > 0) it is the larger of the maxima of two parabolas, one for each sign of the neuron,
 
        p_k = max(u²t², u²(1 - t)² - 4λu|z|)/4λ,  least for t = max(0, 1/2 - 2λ|z|/u),
 
@@ -23,8 +24,9 @@ Together: a bound of the same kind on the fall when F's *input* moves by δ, wit
     v + Aᵀ(su) - 2λMw,   κ + λS²,   c + hκ⟨ω, Rω⟩ + Σ_k p_k + λ⟨w, Mw⟩.
 
 Isometries and projections carry v back by their adjoint, a mean over views adds. At the image itself the margin m is certain while
-‖v‖r + κr² + c < m: a quadratic in r. Every choice of ω, λ, s and w gives a bound; the one made here is sharp near the attack along the
-gradient. A leaky ReLU is a part of the identity and a part of the ReLU, and MaxMin a flow whose A takes differences of channels.
+‖v‖r + κr² + c < m: a quadratic in r, less what rounding may do. Every choice of ω, λ, s and w gives a bound; the one made here is sharp
+near the attack along the gradient. A leaky ReLU is a part of the identity and a part of the ReLU, and MaxMin a flow whose A takes
+differences of channels.
 
 :func:`trace` runs a network and notes what it meets, :meth:`Trace.majorant` goes back. In evaluation mode what is returned is a bound of
 the exact map, rounding included, if the network is in float64. In training mode it follows the estimates of ‖A‖ that the
@@ -52,10 +54,7 @@ TILT = 0.8
 """w and ω are this share of the deviations under the attack: at all of it v may turn over where κ is large."""
 
 PRICE = 0.5
-"""What λ is taken to cost per S²r², beside its cost along the attack itself."""
-
-ROUNDS = 12
-"""Of Newton's method for λ."""
+"""What λ is taken to cost per S²r² beside its cost along the attack itself; S²r² is the most that it can."""
 
 FEW = 2.0**-47
 """More than the relative rounding of some thirty operations in float64."""
@@ -87,22 +86,26 @@ class Majorant(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a network met on samples (N, *shape), as :func:`trace` noted it: its ``parts`` in order, and its ``output`` (N, d)."""
+    """What a network met on samples (N, *shape), as :func:`trace` noted it: its ``parts`` in order, and its ``output`` (N, d).
+
+    ``sound``: whether rounding counts.
+    """
 
     parts: Sequence[_Part]
     output: Tensor
+    sound: bool
 
     def majorant(self, rows: Tensor, reach: Tensor, near: Tensor | None = None) -> Majorant:
         """A majorant of the fall of ⟨rows, output⟩, a margin less its offset, as a function of how far each sample moves.
 
         ``rows`` (N, d): w_i - w_j, taken as exact; ``reach`` (N,): the distance at which the bound is to be sharp; ``near`` (N,): how
-        far what each layer gives may be from what the exact map does. None: rounding does not count, here or in the trace.
+        far what each layer gives may be from what the exact map does (None: not at all).
         """
         zero = torch.zeros_like(reach)
         with torch.no_grad():
             against = _back(self.parts, -rows)
             met, _ = _push(self.parts, against * _column(reach / _square(against).sqrt().clamp_min(NOTHING), against))
-        start = Majorant(-rows, None if near is None else zero, zero, zero)
+        start = Majorant(-rows, zero if self.sound else None, zero, zero)
         return _pull(self.parts, met, start, reach, zero if near is None else near)
 
 
@@ -138,8 +141,11 @@ def untraced(module: nn.Module) -> str | None:
     if type(module) not in _TRACERS:
         return type(module).__name__
     if isinstance(module, GradientFlow):
-        known = _leak(module.activation) is not None and module.tableau.stages == 1
-        return None if known else f"{module.tableau.name} steps with {module.activation}"
+        if _leak(module.activation) is None or module.tableau.stages > 1:
+            return f"{module.tableau.name} steps with {module.activation}"
+        if module.training or times(module.step()[0], _squared_norm(module)) <= 2:
+            return None
+        return f"a step of h = {module.step()[0]:g}, longer than 2/‖A‖²"
     return next((name for child in module.children() if (name := untraced(child)) is not None), None)
 
 
@@ -233,7 +239,7 @@ class Views(NamedTuple):
         linear, off, curvature, constant = zip(*pulled, strict=True)
         curvature, constant = (torch.stack(each).sum(0) * SLACK for each in (curvature, constant))
         if rounding is not None:
-            rounding = torch.stack([*off, *(sizes(v) * FEW for v in linear)]).sum(0) * SLACK  # type: ignore[list-item]
+            rounding = torch.stack([*off, *(sizes(v) * FEW * len(linear) for v in linear)]).sum(0) * SLACK  # type: ignore[list-item]
         return Majorant(self.join(list(linear)), rounding, curvature, constant)
 
 
@@ -322,19 +328,16 @@ class _Bent(NamedTuple):
 
 
 def _multiplier(u: Tensor, z: Tensor, price: Tensor) -> Tensor:
-    """About the λ (N,) that minimises price·λ + Σ p(λ): Σ max(0, (u/4λ)² - z²) = price over u > 0, by Newton's method in 1/λ.
+    """The λ (N,) that minimises price·λ + Σ p(λ): Σ max(0, (u/4λ)² - z²) = price over u > 0.
 
-    The left side is convex in 1/λ, so that once it has passed the solution it comes down on it."""
-    tiny = torch.finfo(price.dtype).tiny
-    square, away = u.flatten(1).clamp_min(0).square() / 16, z.flatten(1).square()
-    inverse = (price / square.sum(1).clamp_min(tiny)).sqrt()  # as if all z were 0, hence too small
-    for _ in range(ROUNDS):
-        held = square * inverse.square()[:, None]
-        near = held > away
-        over = (held - away).clamp_min(0).sum(1) - price
-        slope = 2 * (held * near).sum(1) / inverse
-        inverse = (inverse - over / slope.clamp_min(tiny)).clamp(min=inverse / 2, max=8 * inverse)
-    return (1 / inverse).clamp(1e-30, 1e30)
+    The left side rises with 1/λ, and is quadratic between the values 4|z|/u at which a neuron comes in."""
+    up, away, tiny = u.flatten(1).clamp_min(0), z.flatten(1).abs(), torch.finfo(price.dtype).tiny
+    enters, order = torch.where(up > 0, away / up, torch.inf).sort(1)
+    held, kept = (t.square().gather(1, order).cumsum(1) for t in (up, away))
+    reached = (enters.square() * held - kept < price[:, None]) & enters.isfinite()
+    last = (reached.sum(1, keepdim=True) - 1).clamp_min(0)
+    held, kept = (t.gather(1, last)[:, 0] for t in (held, kept))
+    return (held / (16 * (price + kept)).clamp_min(tiny)).sqrt().clamp(1e-30, 1e30)
 
 
 def _relaxed(u: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,6 +357,12 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 def _square(a: Tensor) -> Tensor:
     """‖a‖² (N,)."""
     return a.flatten(1).square().sum(1)
+
+
+def _squared_norm(flow: GradientFlow) -> float:
+    """‖A‖² from above."""
+    norm = sound_norm(flow.linear)
+    return times(norm, norm)
 
 
 def _leak(activation: nn.Module) -> float | None:
@@ -378,7 +387,7 @@ def _sequential(module: nn.Sequential, x: Tensor, sound: bool) -> Trace:
     for child in module:
         inner = trace(child, x, sound)
         parts, x = [*parts, *inner.parts], inner.output
-    return Trace(parts, x)
+    return Trace(parts, x, sound)
 
 
 @tracer(GradientFlow)
@@ -392,12 +401,9 @@ def _flow(flow: GradientFlow, x: Tensor, sound: bool) -> Trace:
         h, n = flow.control.training_step(square, flow._steepest, flow.tableau)
     else:
         h, n = flow.step()
-        norm = sound_norm(linear)
-        square = times(norm, norm)
-        if not times(h, square) <= 2:
-            raise Refused(f"a step of h = {h:g} is longer than 2/‖A‖², so nothing is bounded near an image")
+        square = _squared_norm(flow)
         if sound:
-            there, back = linear_maps(linear, tuple(x.shape[1:]), norm)
+            there, back = linear_maps(linear, tuple(x.shape[1:]), sound_norm(linear))
             forward, adjoint = (m.rounding(UNIT[torch.float64]) for m in (there, back))
             absolute, offset = there.absolute, there.bias
 
@@ -416,7 +422,7 @@ def _flow(flow: GradientFlow, x: Tensor, sound: bool) -> Trace:
             _Bent(apply, transpose, square, h, leak, z.to(x.dtype), forward * absolute, adjoint * absolute, off)
         )
         x = x + transpose(flow.activation(z), -h).to(x.dtype)
-    return Trace(parts, x)
+    return Trace(parts, x, sound)
 
 
 @tracer(MaxMin)
@@ -430,12 +436,12 @@ def _maxmin(module: MaxMin, x: Tensor, sound: bool) -> Trace:
     rounding = 2 * gamma(2, UNIT[torch.float64]) if sound else 0.0
     off = rounding * sizes(x) if sound else torch.zeros(())
     bent = _Bent(difference, lambda s: torch.cat((-s, s), 1), 2.0, 1.0, 0.0, difference(x), rounding, rounding, off)
-    return Trace([bent], module(x))
+    return Trace([bent], module(x), sound)
 
 
 @tracer(nn.Identity)
 def _identity(module: nn.Identity, x: Tensor, sound: bool) -> Trace:
-    return Trace([], x)
+    return Trace([], x, sound)
 
 
 @tracer(nn.Flatten, nn.PixelUnshuffle)
@@ -443,5 +449,5 @@ def _rearranged(module: nn.Module, x: Tensor, sound: bool) -> Trace:
     shape = x.shape[1:]
     if isinstance(module, nn.PixelUnshuffle):
         factor = module.downscale_factor
-        return Trace([Rigid(module, lambda v: F.pixel_shuffle(v, factor))], module(x))
-    return Trace([Rigid(module, lambda v: v.reshape(-1, *shape))], module(x))
+        return Trace([Rigid(module, lambda v: F.pixel_shuffle(v, factor))], module(x), sound)
+    return Trace([Rigid(module, lambda v: v.reshape(-1, *shape))], module(x), sound)
