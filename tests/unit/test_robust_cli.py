@@ -71,6 +71,11 @@ def test_certified_accuracy_on_images(local: bool, weights: Path, tmp_path: Path
     assert result["clean"]["accuracy"] == [right.double().mean().item()]
     for epsilon, accuracy in zip(result["certified"]["epsilons"], result["certified"]["accuracy"], strict=True):
         assert accuracy == (right & (radius > epsilon)).double().mean().item()
+    assert ("by_lipschitz_constant" in result) == local
+    if local:
+        coarse = result["by_lipschitz_constant"]["accuracy"]
+        assert all(fine >= c for fine, c in zip(result["certified"]["accuracy"], coarse, strict=True))
+        assert sum(result["certified"]["accuracy"]) > sum(coarse) and "by the Lipschitz constant" in text
     assert (
         "certified at 36/255" in text
         and ("near the image" in text) == ("near the image" in result["statement"]) == local

@@ -97,32 +97,41 @@ def certify_model(
     statement = _statement(made, local)
     if not _rank():
         out.print(statement, markup=False)
-    evaluation = _evaluated(made, images, local)
+    evaluation = _evaluated(made, images, False)
+    kinds = {"certified": Curve.of("certified", evaluation.certified)}
+    if local:
+        near = Curve.of("certified", _evaluated(made, images, True).certified)
+        kinds = {"certified near each image": near, "by the Lipschitz constant": kinds["certified"]}
     if _rank():
         return
-    clean = Curve.of("clean", evaluation.correct.double(), [0.0])
-    certified = Curve.of("certified", evaluation.certified)
+    clean, certified = Curve.of("clean", evaluation.correct.double(), [0.0]), next(iter(kinds.values()))
     shown = [i for i, e in enumerate(certified.epsilons) if e in STANDARD]
-    head = ["images", "clean", *(f"certified at {certified.epsilons[i] * 255:.0f}/255" for i in shown), "area to ε = 1"]
-    row = [
-        f"{len(images):,}",
-        _percent(clean, 0),
-        *(_percent(certified, i) for i in shown),
-        f"{100 * certified.area:.1f}",
+    head = [
+        "radii",
+        "images",
+        "clean",
+        *(f"certified at {certified.epsilons[i] * 255:.0f}/255" for i in shown),
+        "area to ε = 1",
     ]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), row))
+    rows = [
+        [kind, f"{len(images):,}", _percent(clean, 0), *(_percent(curve, i) for i in shown), f"{100 * curve.area:.1f}"]
+        for kind, curve in kinds.items()
+    ]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
     out.print(table, markup=False)
     result = {
         "command": "certify", "model": model, "statement": statement, "arithmetic": made.arithmetic,
         "clean": clean.to_json(), "certified": certified.to_json(), "certificate": made.certificate.to_json(),
     }  # fmt: skip
+    if local:
+        result["by_lipschitz_constant"] = kinds["by the Lipschitz constant"].to_json()
     if report is not None:
         from nonexpansive.app.curves import accuracies
 
         report.mkdir(parents=True, exist_ok=True)
         accuracies(
             report / "curves.png",
-            {model: {"certified": certified}},
+            {model: kinds},
             f"L ≤ {above(made.lipschitz)}, {made.arithmetic} program",
         )
         with atomic(report / "report.md") as temporary:
