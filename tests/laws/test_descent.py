@@ -162,6 +162,14 @@ def test_rescaled_and_at_sides_that_the_factor_does_not_divide() -> None:
     assert report.converged and report.objective is not None and len(report.objective) == report.iterations
 
 
+def test_filters_with_zeros_around_them_are_the_same_denoiser() -> None:
+    small, large = ProximalDenoiser(1, 1, 3).eval(), ProximalDenoiser(1, 1, 7, frame=3).eval()
+    x = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    assert large.lifted.inner.linear.weight.shape == (8, 1, 7, 7)
+    assert torch.allclose(small(x, 0.1), large(x, 0.1), atol=1e-4)
+    assert float((small(x, 0.1) - x).detach().norm()) > 1e-2 * float(x.norm())
+
+
 def test_inputs_are_checked() -> None:
     for settings, why in [
         ({"channels": 2}, "channels"),
@@ -170,6 +178,8 @@ def test_inputs_are_checked() -> None:
         ({"factor": 0}, "factor"),
         ({"factor": 1, "kernel": 1}, "more than one pixel"),
         ({"tolerance": 0.0}, "tolerance"),
+        ({"kernel": 5, "frame": 7}, "frame is odd and at most the kernel, 5"),
+        ({"kernel": 5, "frame": 2}, "frame is odd"),
     ]:
         with pytest.raises(BadInput, match=why):
             ProximalDenoiser(**settings)

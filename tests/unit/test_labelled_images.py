@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nonexpansive.errors import BadInput
+from nonexpansive.errors import BadInput, Refused
 from nonexpansive.nn.models import build
 from nonexpansive.train import ClassifyData, ClassifyTask, LabelledImages, Run, build_task, load_images
 from nonexpansive.train.images import CLASSES, DIGITS_TESTED, NAMED
@@ -328,6 +328,24 @@ def test_the_losses_are_their_formulas() -> None:
     torch.testing.assert_close(make_task(loss="multi_margin", margin=xi).loss(Logits(z), batch), hinge)
     plain = make_task().loss(Logits(z), batch)
     torch.testing.assert_close(plain, F.cross_entropy(z, y))
+
+
+def test_with_a_radius_the_loss_takes_the_bounds_near_the_images() -> None:
+    torch.manual_seed(1)
+    stages = [{"unshuffle": 2, "channels": 8, "kernels": [3]}]
+    net = build("flow_classifier", shape=[1, 6, 6], classes=3, stages=stages, sorting=False)
+    batch = torch.rand(8, 1, 6, 6), torch.arange(8) % 3
+    plain, near = (make_task(near=radius).loss(net, batch) for radius in (0.0, 0.1))
+    torch.testing.assert_close(near, F.cross_entropy(net(*batch, 0.1), batch[1]), rtol=1e-3, atol=1e-4)
+    assert float(near.detach()) < float(plain.detach())  # a rival counts less where the margin falls more slowly
+    near.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
+    with pytest.raises(Refused, match="known through Conv2d"):
+        make_task(near=0.1).loss(
+            build("paper_classifier", shape=[1, 8, 8], classes=3), (torch.rand(2, 1, 8, 8), batch[1][:2])
+        )
+    with pytest.raises(BadInput, match="near"):
+        ClassifyData(near=-1.0)
 
 
 def test_validation_counts_what_is_right_and_what_is_right_with_a_radius() -> None:

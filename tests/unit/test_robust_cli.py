@@ -60,7 +60,7 @@ def test_certified_accuracy_on_images(local: bool, weights: Path, tmp_path: Path
         tmp_path / "r",
         "--json",
         tmp_path / "j.json",
-        *(["--local"] if local else []),
+        *(["--local-bounds"] if local else []),
     )
     text = run("certify", weights, "--data", tmp_path, *options)
     result = json.loads((tmp_path / "j.json").read_text())
@@ -122,7 +122,7 @@ def test_a_picture_is_brought_to_the_size_of_the_network() -> None:
     ("arguments", "message"),
     [
         (("certify", "MODEL", "--report", "r"), "give --data"),
-        (("certify", "MODEL", "--local"), "give --data"),
+        (("certify", "MODEL", "--local-bounds"), "give --data"),
         (("certify", "MODEL", "--size", "9x9"), "takes pictures of 8x8"),
         (("certify", "MODEL", "--data", ".", "--size", "8x8"), "--size is for denoisers"),
         (("attack", "MODEL", "--data", ".", "--attack", "fgsm"), "there are pgd, auto"),
@@ -137,10 +137,10 @@ def test_refusals(arguments: tuple[str, ...], message: str, weights: Path) -> No
 
 def test_two_processes_agree_with_one(weights: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    run("certify", weights, "--data", tmp_path, "--limit", 21, "--json", one)
+    run("certify", weights, "--data", tmp_path, "--limit", 21, "--local-bounds", "--json", one)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nonexpansive.app.cli")
-    command = ("certify", weights, "--data", tmp_path, "--limit", "21", "--json", two)
+    command = ("certify", weights, "--data", tmp_path, "--limit", "21", "--local-bounds", "--json", two)
     subprocess.run([sys.executable, *launch, *map(str, command)], env=environment, check=True, timeout=120)
     assert json.loads(one.read_text()) == json.loads(two.read_text())
     two.unlink()

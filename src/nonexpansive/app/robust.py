@@ -50,7 +50,7 @@ Source = Annotated[
 Local = Annotated[
     bool,
     typer.Option(
-        "--local", help="Bound the margins near each image besides: larger radii, at some hundred times the time."
+        "--local-bounds", help="Bound the margins near each image besides: larger radii, at some hundred times the time."
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
@@ -82,7 +82,7 @@ def certify_model(
     module = checkpoint.load(model)
     if data is None:
         if report is not None or source is not None or limit or local:
-            raise BadInput("--report, --source, --limit and --local are about images: give --data DIR")
+            raise BadInput("--report, --source, --limit and --local-bounds are about images: give --data DIR")
         shape = _shape(module, size)
         certificate = certify(module, shape, arithmetic=torch.float32 if float32 else None)
         out.print(str(certificate), markup=False)
@@ -327,7 +327,7 @@ def _images(classifier: Classifier, name: str, data: Path, source: str | None, l
 
 def _evaluated(made: CertifiedClassifier, images: Any, local: bool) -> Evaluation:
     if local and made.only_global is not None:
-        raise BadInput(f"--local: no bound near an image is known through {made.only_global}, leave it out")
+        raise BadInput(f"--local-bounds: no bound near an image is known through {made.only_global}, leave it out")
 
     def certified(own: Any, tick: Callable[[int], None]) -> tuple[Tensor, ...]:
         evaluation = evaluate(made, own.images, own.labels, batch=32 if local else 256, local=local, watch=tick)
