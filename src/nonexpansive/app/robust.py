@@ -50,7 +50,8 @@ Source = Annotated[
 Local = Annotated[
     bool,
     typer.Option(
-        "--local-bounds", help="Bound the margins near each image besides: larger radii, at some hundred times the time."
+        "--local-bounds",
+        help="Bound the margins near each image besides: larger radii, at some hundred times the time.",
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
