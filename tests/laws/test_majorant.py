@@ -369,6 +369,11 @@ def test_a_layer_with_no_such_bound_is_named() -> None:
         assert made.only_global is not None and name in made.only_global
         with pytest.raises(Refused, match=name):
             made.radii(images(2), local=True)
+    flow = GradientFlow(nn.Linear(192, 9)).double()
+    with pytest.raises(Refused, match="training mode"):
+        trace(flow.train(), images(2).flatten(1))
+    with pytest.raises(Refused, match="float64"):
+        trace(flow.eval().float(), images(2).flatten(1).float())
     with pytest.raises(Refused, match="Own"):
         trace(Own(nn.Flatten()), images(2))
 

@@ -126,12 +126,16 @@ def tracer(*kinds: type[nn.Module]) -> Callable[[Tracer], Tracer]:
 def trace(module: nn.Module, x: Tensor, sound: bool = True) -> Trace:
     """Run a network on x (N, *shape), noting what a majorant needs. ``sound``: rounding counts (for float64 alone); else it is left out.
 
-    Raises Refused for layers through which no such bound is known.
+    Raises Refused for layers through which no such bound is known, and, if ``sound``, for flows in training mode or another type.
     """
     if (unknown := untraced(module)) is not None:
         raise Refused(
             f"no bound near an image is known through {unknown}; through flows of Euler steps with the ReLU or the leaky ReLU, MaxMin, "
             "PixelUnshuffle, Channels, Centre, Flatten and means over views there is"
+        )
+    if sound and x.dtype != torch.float64:
+        raise Refused(
+            f"a bound with its rounding is made in float64, not in {x.dtype}: convert the network and x, or trace with sound=False"
         )
     return _TRACERS[type(module)](module, x, sound)
 
@@ -396,6 +400,10 @@ def _flow(flow: GradientFlow, x: Tensor, sound: bool) -> Trace:
     assert leak is not None
     forward = adjoint = absolute = offset = 0.0
     square: float | Tensor
+    if flow.training and sound:
+        raise Refused(
+            "GradientFlow is in training mode, where its step follows an estimate: call .eval(), or trace with sound=False"
+        )
     if flow.training:
         square = flow.control.squared_norm(linear, homogeneous)
         h, n = flow.control.training_step(square, flow._steepest, flow.tableau)
