@@ -257,10 +257,11 @@ def flow_classifier(
 ) -> Classifier:
     """A 1-Lipschitz classifier: in each stage pixel-unshuffle, set the number of channels, then flows.
 
-    A stage is a table of ``unshuffle`` (the factor; 1 if left out), ``channels`` and ``kernels``, the odd kernel size of each
-    flow's convolution; ``sorting``, MaxMin follows each flow. What the last stage gives is flattened, and the rows of the last
-    layer are kept at norm 1. ``mean`` of each channel is subtracted first (1/2 unless given). ``symmetrised``, the features are
-    in evaluation mode the mean over the picture and its mirror image, and over those moved by ``shifts`` pixels.
+    A stage is a table of ``unshuffle`` (the factor; 1 if left out), ``channels``, ``kernels``, the odd kernel size of each flow's
+    convolution A, and ``neurons``, the number of channels of Ax (``channels`` if left out); ``sorting``, MaxMin follows each flow.
+    What the last stage gives is flattened, and the rows of the last layer are kept at norm 1. ``mean`` of each channel is subtracted
+    first (1/2 unless given). ``symmetrised``, the features are in evaluation mode the mean over the picture and its mirror
+    image, and over those moved by ``shifts`` pixels.
     """
     shape = tuple(shape)
     if len(shape) != 3 or min(shape) < 1:
@@ -268,8 +269,8 @@ def flow_classifier(
     layers: list[nn.Module] = [Centre(mean if mean is not None else [0.5] * shape[0])]
     channels, height, width = shape
     for stage in stages:
-        if unknown := set(stage) - {"unshuffle", "channels", "kernels"}:
-            raise BadInput(f"a stage has unshuffle, channels and kernels, but no {', '.join(sorted(unknown))}")
+        if unknown := set(stage) - {"unshuffle", "channels", "kernels", "neurons"}:
+            raise BadInput(f"a stage has unshuffle, channels, kernels and neurons, but no {', '.join(sorted(unknown))}")
         factor, kernels = int(stage.get("unshuffle", 1)), list(stage.get("kernels", []))  # type: ignore[call-overload]
         if height % factor or width % factor:
             raise BadInput(
@@ -286,8 +287,11 @@ def flow_classifier(
         if wanted != channels:
             layers.append(Channels(wanted))
             channels = wanted
+        neurons = int(stage.get("neurons", channels))  # type: ignore[call-overload]
+        if neurons < 1:
+            raise BadInput(f"neurons must be at least 1, not {neurons}")
         for kernel in kernels:
-            linear = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+            linear = nn.Conv2d(channels, neurons, kernel, padding=kernel // 2)
             orthogonal_(linear)
             layers += [GradientFlow(linear, activation, control=control), *([MaxMin()] if sorting else [])]
     names = _names(classes)

@@ -20,7 +20,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 WIDEST = 128
-"""FourierMuon takes kernels of more outputs or inputs for one matrix: its cost grows with their cube at each frequency."""
+"""FourierMuon takes kernels of more outputs *and* inputs for one matrix: its cost grows with the square of the fewer at each frequency."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -80,7 +80,7 @@ class FourierMuon(Muon):
 
     def direction(self, momentum: Tensor) -> Tensor:
         taps = momentum.shape[2:]
-        if taps.numel() == 1 or max(momentum.shape[:2]) > WIDEST:
+        if taps.numel() == 1 or min(momentum.shape[:2]) > WIDEST:
             return super().direction(momentum)
         axes = tuple(range(-len(taps), 0))
         symbol = torch.fft.rfftn(momentum, dim=axes)
