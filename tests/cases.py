@@ -399,7 +399,7 @@ _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
     ("classifier, dense", lambda: dense_classifier((1, 3, 3), 3, depth=2), (1, 3, 3), True),
     ("classifier, dense, ordinary", lambda: dense_classifier((1, 3, 3), 3, depth=2, ordinary=True), (1, 3, 3), True),
     ("classifier of flows", lambda: flow_classifier(
-        (1, 4, 6), 3, [{"unshuffle": 2, "channels": 8, "kernels": [3]}, {"channels": 6, "kernels": [1]}]), (1, 4, 6), True),
+        (1, 4, 6), 3, [{"unshuffle": 2, "channels": 8, "kernels": [3]}, {"channels": 6, "neurons": 3, "kernels": [1]}]), (1, 4, 6), True),
     ("classifier, symmetrised", lambda: flow_classifier(
         (1, 4, 4), 3, [{"channels": 4, "kernels": [3, 3]}], symmetrised=True, shifts=[1]), (1, 4, 4), True),
     ("Sequential, empty", nn.Sequential, (3,), True),

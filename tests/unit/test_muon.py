@@ -72,7 +72,7 @@ def test_directions_that_a_matrix_does_not_have_stay_small(rank: int) -> None:
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (5,), (1, 3), (2, 3, 3)])
-@pytest.mark.parametrize("size", [(6, 4), (4, 7)])
+@pytest.mark.parametrize("size", [(6, 4), (4, 7), (3, WIDEST + 1)])
 def test_fourier_muon_makes_the_convolution_orthogonal_at_each_frequency(size: tuple, kernel: tuple) -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(*size, *kernel, dtype=torch.float64))
@@ -85,6 +85,6 @@ def test_fourier_muon_makes_the_convolution_orthogonal_at_each_frequency(size: t
 
 def test_fourier_muon_takes_other_weights_as_muon_does() -> None:
     torch.manual_seed(0)
-    for shape in ((6, 9), (6, 4, 1, 1), (WIDEST + 1, 2, 3, 3)):
+    for shape in ((6, 9), (6, 4, 1, 1), (WIDEST + 1, WIDEST + 2, 3, 3)):
         weight = nn.Parameter(torch.randn(shape))
         torch.testing.assert_close(FourierMuon([weight]).direction(weight), Muon([weight]).direction(weight))

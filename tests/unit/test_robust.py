@@ -67,6 +67,21 @@ def attacked(trained: Trained, epsilons: Tensor, attack: object = FAST) -> Found
     return search(trained.model, trained.images / 255, trained.labels, epsilons, attack)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"channel": 8}, "no channel"),
+        ({"unshuffle": 3}, "divisor"),
+        ({"channels": 8, "kernels": [2]}, "must be odd"),
+        ({"channels": 7, "kernels": [3]}, "must be even"),
+        ({"channels": 8, "neurons": 0, "kernels": [3]}, "neurons must be at least 1"),
+    ],
+)
+def test_stages_that_cannot_be_built_are_refused(stage: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        flow_classifier((1, 8, 8), 3, [stage])
+
+
 def test_it_learned_and_is_certified(digits: Trained) -> None:
     assert digits.evaluation.correct.float().mean() > 0.8
     assert digits.evaluation.certified.median() > 0.2

@@ -247,6 +247,20 @@ class Views(NamedTuple):
         return Majorant(self.join(list(linear)), rounding, curvature, constant)
 
 
+class _Known(NamedTuple):
+    """A tensor (N, ...), and how far from it in norm (N,) that is which exact arithmetic gives; None, where rounding is left out."""
+
+    value: Tensor
+    off: Tensor | None
+
+    def plus(self, a: float | Tensor, b: float | Tensor, other: _Known) -> _Known:
+        """a·self + b·other, with a and b one number each, or one for each sample."""
+        first, second = (_scaled(c, part.value) for c, part in ((a, self), (b, other)))
+        if self.off is None or other.off is None:
+            return _Known(first + second, None)
+        return _Known(first + second, abs(a) * self.off + abs(b) * other.off + FEW * (sizes(first) + sizes(second)))
+
+
 class _Bent(NamedTuple):
     """x ↦ x - hAᵀσ(Ax + b), σ(t) = ``leak``·t for t < 0, at z = Ax + b.
 
@@ -270,65 +284,58 @@ class _Bent(NamedTuple):
     def push(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return w, w - self.h * self.transpose(self._sigma(self.z + self.apply(w)) - self._sigma(self.z))
 
+    def pull(self, u: Majorant, met: Tensor, reach: Tensor, near: Tensor) -> Majorant:
+        """The three steps above, each number with what float64 may have got wrong in it."""
+        h, exact = self.h, None if u.rounding is None else torch.zeros_like(reach)
+        v, w = _Known(u.linear, exact), _Known(TILT * met, exact)
+        image = self._forth(w)
+
+        # 1: what the flow takes from ‖δ‖²
+        omega = _Known((self._sigma(self.z + image.value) - self._sigma(self.z)).detach(), exact)
+        taken = omega.plus(2.0, -h, self._forth(self._back(omega)))
+        coefficient = self._forth(v).plus(-h, -2 * h * u.curvature, taken)
+
+        # 2: neurons that change their sign
+        bent, ball = coefficient.value * (1 - self.leak), self.square * reach.square()
+        with torch.no_grad():
+            lam = _multiplier(bent, self.z, torch.minimum(ball * PRICE + _square(image.value), ball))
+        slope, penalty = _relaxed(bent, self.z, lam)
+        kept = (self.leak + (1 - self.leak) * slope) * coefficient.value
+        back = self._back(_Known(kept, None if exact is None else 4 * FEW * sizes(coefficient.value)))
+
+        # 3: ‖Aδ‖²
+        missed = w.plus(self.square, -1.0, self._back(image))
+
+        linear = v.plus(1.0, 1.0, back).plus(1.0, -2 * lam, missed)
+        constant = u.constant + h * u.curvature * _inner(omega.value, taken.value) + penalty
+        constant, curvature = constant + lam * _inner(w.value, missed.value), u.curvature + lam * self.square
+        if u.rounding is None:
+            return Majorant(linear.value, None, curvature, constant)
+        assert coefficient.off is not None and linear.off is not None
+        size = sizes(coefficient.value)
+        constant = constant + h * u.curvature * _inner_off(omega, taken) + lam * _inner_off(w, missed)
+        constant = (
+            constant + FEW * size.square() / lam + 2 * size * (self._norm * near + self.off)
+        )  # z for the exact one
+        rounding = u.rounding + self._norm * coefficient.off + linear.off
+        return Majorant(linear.value, rounding * SLACK, curvature * SLACK, constant * SLACK)
+
     def _sigma(self, t: Tensor) -> Tensor:
         return F.leaky_relu(t, self.leak)
 
-    def pull(self, u: Majorant, met: Tensor, reach: Tensor, near: Tensor) -> Majorant:
-        """The three steps above."""
-        h, w, image = self.h, TILT * met, self.apply(TILT * met)
+    @property
+    def _norm(self) -> float | Tensor:
+        return self.square**0.5 * SLACK
 
-        # 1: what the flow takes from ‖δ‖²
-        omega = (self._sigma(self.z + image) - self._sigma(self.z)).detach()
-        pulled = self.transpose(omega)
-        taken = 2 * omega - h * self.apply(pulled)
-        coefficient = self.apply(u.linear) * -h - taken * _column(2 * h * u.curvature, taken)
+    def _forth(self, a: _Known) -> _Known:
+        """Aa."""
+        off = None if a.off is None else self._norm * a.off + self.forward * sizes(a.value)
+        return _Known(self.apply(a.value), off)
 
-        # 2: neurons that change their sign
-        bent, ball = coefficient * (1 - self.leak), self.square * reach.square()
-        with torch.no_grad():
-            lam = _multiplier(bent, self.z, torch.minimum(ball * PRICE + _square(image), ball))
-        slope, penalty = _relaxed(bent, self.z, lam)
-        back = self.transpose((self.leak + (1 - self.leak) * slope) * coefficient)
-
-        # 3: ‖Aδ‖²
-        missed = self.square * w - self.transpose(image)
-
-        constant = u.constant + h * u.curvature * _inner(omega, taken) + penalty + lam * _inner(w, missed)
-        linear = u.linear + back - missed * _column(2 * lam, missed)
-        pulled_back = Majorant(linear, u.rounding, u.curvature + lam * self.square, constant)
-        if u.rounding is None:
-            return pulled_back
-        return self._rounded(u, pulled_back, near, w, image, omega, pulled, taken, coefficient, back, missed, lam)
-
-    def _rounded(
-        self, u: Majorant, after: Majorant, near: Tensor, w: Tensor, image: Tensor, omega: Tensor, pulled: Tensor,
-        taken: Tensor, coefficient: Tensor, back: Tensor, missed: Tensor, lam: Tensor,
-    ) -> Majorant:  # fmt: skip
-        """``after`` with all that float64 may have got wrong in ``pull`` (forward errors: Higham 2002, §3.5)."""
-        assert u.rounding is not None
-        h, curvature, norm = self.h, u.curvature, self.square**0.5 * SLACK
-        sums = w[:1].numel() * 2.0**-52 + omega[:1].numel() * 2.0**-52
-        size, size_w, size_omega, size_taken, size_missed, size_coefficient = map(
-            sizes, (u.linear, w, omega, taken, missed, coefficient)
-        )
-        off_taken = h * (self.forward * sizes(pulled) + norm * self.adjoint * size_omega)
-        off_taken = off_taken + FEW * (2 * size_omega + size_taken)
-        off_coefficient = h * (self.forward * size + 2 * curvature * off_taken)
-        off_coefficient = off_coefficient + FEW * h * (norm * size + 2 * curvature * size_taken)
-        off_missed = (
-            self.adjoint * sizes(image) + norm * self.forward * size_w + FEW * (self.square * size_w + size_missed)
-        )
-        off_linear = (self.adjoint + 4 * FEW * norm) * size_coefficient + 2 * lam * off_missed
-        off_linear = off_linear + FEW * (size + sizes(back) + 2 * lam * size_missed)
-        constant = (
-            after.constant
-            + h * curvature * size_omega * (off_taken + sums * size_taken)
-            + FEW * size_coefficient.square() / lam
-            + 2 * size_coefficient * (norm * near + self.off)  # z in place of the exact one
-            + lam * size_w * (off_missed + sums * size_missed)
-        )
-        rounding = (u.rounding + norm * off_coefficient + off_linear) * SLACK
-        return Majorant(after.linear, rounding, after.curvature * SLACK, constant * SLACK)
+    def _back(self, a: _Known) -> _Known:
+        """Aᵀa."""
+        off = None if a.off is None else self._norm * a.off + self.adjoint * sizes(a.value)
+        return _Known(self.transpose(a.value), off)
 
 
 def _multiplier(u: Tensor, z: Tensor, price: Tensor) -> Tensor:
@@ -358,6 +365,12 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1)
 
 
+def _inner_off(a: _Known, b: _Known) -> Tensor:
+    """How far ⟨a, b⟩ may be off by rounding (N,), for an exact a: b's own, and that of the sum (Higham 2002, §3.1)."""
+    assert b.off is not None
+    return sizes(a.value) * (b.off + a.value[:1].numel() * 2.0**-52 * sizes(b.value))
+
+
 def _square(a: Tensor) -> Tensor:
     """‖a‖² (N,)."""
     return a.flatten(1).square().sum(1)
@@ -376,6 +389,11 @@ def _leak(activation: nn.Module) -> float | None:
     if type(activation) is nn.LeakyReLU and 0 <= activation.negative_slope <= 1:
         return float(activation.negative_slope)
     return None
+
+
+def _scaled(factor: float | Tensor, a: Tensor) -> Tensor:
+    """One number, or one for each sample, times a."""
+    return a * (_column(factor, a) if isinstance(factor, Tensor) else factor)
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
