@@ -282,6 +282,16 @@ def sound_norm(linear: nn.Module) -> float:
     weight = getattr(linear, "weight", None)
     if callable(getattr(linear, "norm_bound", None)) or not isinstance(weight, Tensor):
         return norm_bound(linear)
+    key = content(linear, weight)
+    if key not in _BOUNDS:
+        _BOUNDS[key] = norm_bound(linear)
+        if len(_BOUNDS) > _REMEMBERED:
+            _BOUNDS.popitem(last=False)
+    return _BOUNDS[key]
+
+
+def content(linear: nn.Module, weight: Tensor) -> bytes:
+    """A key that tells layers and their weights apart. Raises Refused where the weights have no numbers that can be read."""
     digest = hashlib.blake2b(f"{type(linear)} {linear!r} {weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
     try:
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -290,12 +300,7 @@ def sound_norm(linear: nn.Module) -> float:
             "the norm of A cannot be bounded under a transform (torch.func.grad or vmap over the weights) or for tensors without "
             f"data: use training mode there ({error})"
         ) from error
-    key = digest.digest()
-    if key not in _BOUNDS:
-        _BOUNDS[key] = norm_bound(linear)
-        if len(_BOUNDS) > _REMEMBERED:
-            _BOUNDS.popitem(last=False)
-    return _BOUNDS[key]
+    return digest.digest()
 
 
 def _wide(x: Tensor) -> torch.dtype:

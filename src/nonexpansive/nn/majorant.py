@@ -10,21 +10,24 @@ Let ⟨v, δ'⟩ + κ‖δ'‖² + c bound the fall of the margin when F's *outp
 
 1. ⟨Δ, RΔ⟩ ≥ 2⟨Rω, Δ⟩ - ⟨ω, Rω⟩ for every ω, as the left side is convex. So the fall is at most ⟨v, δ⟩ + ⟨u, Δ⟩ + κ‖δ‖² + c + hκ⟨ω, Rω⟩
    with u = -h(Av + 2κRω).
-2. For slopes s ∈ [0, 1] and a λ > 0, ⟨u, Δ⟩ ≤ ⟨su, d⟩ + λ‖d‖² + Σ_k p_k, with p_k the maximum over d_k of u_k(Δ_k - s_k d_k) - λd_k².
-   It is 0 where u_k ≤ 0 and s_k is the slope of σ at z_k, since the ReLU lies above its tangents. For u_k > 0 and t_k = s_k (1 - s_k where
-   z_k > 0) it is the larger of the maxima of two parabolas, one for each sign of the neuron,
+2. For slopes s ∈ [0, 1] and weights λ_k ≥ 0, ⟨u, Δ⟩ ≤ ⟨su, d⟩ + Σ_k (λ_k d_k² + p_k), with p_k the maximum over d_k of
+   u_k(Δ_k - s_k d_k) - λ_k d_k². It is 0 where u_k ≤ 0 and s_k is the slope of σ at z_k, since the ReLU lies above its tangents: there
+   λ_k = 0. For u_k > 0 and t_k = s_k (1 - s_k where z_k > 0) it is the larger of the maxima of two parabolas, one for each sign,
 
-       p_k = max(u²t², u²(1 - t)² - 4λu|z|)/4λ,  least for t = max(0, 1/2 - 2λ|z|/u),
+       p_k = max(u²t², u²(1 - t)² - 4λ_k u|z|)/4λ_k,  least for t = max(0, 1/2 - 2λ_k|z|/u),
 
-   so a neuron whose |z_k| exceeds u_k/4λ costs nothing: to change its sign would take more of the ball than that brings.
-3. λ‖Aδ‖² ≤ λ(S²‖δ‖² - 2⟨Mw, δ⟩ + ⟨w, Mw⟩) for every w, with S ≥ ‖A‖ and M = S²I - AᵀA ⪰ 0.
+   so with λ_k = u_k/4|z_k| a neuron costs nothing: to change its sign would take more than that brings. λ_k = min(λ, u_k/4|z_k|).
+3. With Λ = diag λ_k, any ρ ≥ ‖Λ^½A‖² and M = ρI - AᵀΛA ⪰ 0, Σ_k λ_k d_k² = ⟨δ, AᵀΛAδ⟩ ≤ ρ‖δ‖² - 2⟨Mw, δ⟩ + ⟨w, Mw⟩ for every w.
+   λS² is such a ρ for S ≥ ‖A‖. Where few neurons are near to changing their sign, max_k (|AAᵀ|Λq)_k/q_k over λ_k > 0 is a smaller one,
+   for every q > 0: it bounds the spectral radius of the non-negative |AAᵀ|Λ (Collatz and Wielandt; Horn & Johnson 2013, 8.1.26),
+   and so that of AAᵀΛ, which is ‖Λ^½A‖².
 
 Together: a bound of the same kind on the fall when F's *input* moves by δ, with
 
-    v + Aᵀ(su) - 2λMw,   κ + λS²,   c + hκ⟨ω, Rω⟩ + Σ_k p_k + λ⟨w, Mw⟩.
+    v + Aᵀ(su) - 2Mw,   κ + ρ,   c + hκ⟨ω, Rω⟩ + Σ_k p_k + ⟨w, Mw⟩.
 
 Isometries and projections carry v back by their adjoint, a mean over views adds. At the image itself the margin m is certain while
-‖v‖r + κr² + c < m: a quadratic in r, less what rounding may do. Every choice of ω, λ, s and w gives a bound; the one made here is sharp
+‖v‖r + κr² + c < m: a quadratic in r, less what rounding may do. Every choice of ω, λ, s, q and w gives a bound; the one made here is sharp
 near the attack along the gradient. A leaky ReLU is a part of the identity and a part of the ReLU, and MaxMin a flow whose A takes
 differences of channels.
 
@@ -35,6 +38,7 @@ training steps follow, and can be differentiated.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -45,16 +49,28 @@ from torch import Tensor, nn
 from nonexpansive.errors import Refused
 from nonexpansive.math.enclosure import NOTHING, SLACK, sizes
 from nonexpansive.math.rounding import UNIT, gamma, times
-from nonexpansive.nn.control import sound_norm
+from nonexpansive.nn.control import content, sound_norm
 from nonexpansive.nn.flow import GradientFlow, linear_maps
-from nonexpansive.nn.linear import Pullback, affine, homogeneous
+from nonexpansive.nn.linear import Pullback, affine, homogeneous, is_torch, is_written_out
 from nonexpansive.nn.sort import MaxMin
 
-TILT = 0.8
+TILT = 0.65
 """w and ω are this share of the deviations under the attack: at all of it v may turn over where κ is large."""
 
-PRICE = 0.5
-"""What λ is taken to cost per S²r² beside its cost along the attack itself; S²r² is the most that it can."""
+PRICE = 0.6
+"""What λ is taken to cost, as a share of the most that it can, ρr²/λ."""
+
+ROUNDS = 2
+"""How often λ is chosen for the ρ found, and how many products by |AAᵀ|Λ bring q nearer to its Perron vector each time."""
+
+FLOOR = 1e-6
+"""What q is nowhere below, of its largest entry."""
+
+REMEMBERED = 64
+"""Of how many layers |AAᵀ| is kept, by the content of their weights."""
+
+_OVERLAPS: OrderedDict[bytes, Tensor] = OrderedDict()
+_CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 FEW = 2.0**-47
 """More than the relative rounding of some thirty operations in float64."""
@@ -266,6 +282,7 @@ class _Bent(NamedTuple):
 
     ``square`` ≥ ‖A‖², with h·square ≤ 2. ``forward`` and ``adjoint``: how far, relative to their arguments' sizes, Ax and Aᵀs may be
     off by rounding; ``off`` (N,): how far z may be, of the x that it was computed from. All three 0 where rounding does not count.
+    ``overlaps``: |AAᵀ| from above, as :func:`_overlaps` gives it.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -277,6 +294,7 @@ class _Bent(NamedTuple):
     forward: float
     adjoint: float
     off: Tensor
+    overlaps: Tensor | None = None
 
     def back(self, v: Tensor) -> Tensor:
         return v - self.h * self.transpose(self.apply(v) * torch.where(self.z > 0, 1.0, self.leak))
@@ -296,29 +314,55 @@ class _Bent(NamedTuple):
         coefficient = self._forth(v).plus(-h, -2 * h * u.curvature, taken)
 
         # 2: neurons that change their sign
-        bent, ball = coefficient.value * (1 - self.leak), self.square * reach.square()
-        with torch.no_grad():
-            lam = _multiplier(bent, self.z, torch.minimum(ball * PRICE + _square(image.value), ball))
+        bent = coefficient.value * (1 - self.leak)
+        lam, weights, share = self._weights(bent.detach(), reach)
         slope, penalty = _relaxed(bent, self.z, lam)
         kept = (self.leak + (1 - self.leak) * slope) * coefficient.value
         back = self._back(_Known(kept, None if exact is None else 4 * FEW * sizes(coefficient.value)))
 
-        # 3: ‖Aδ‖²
-        missed = w.plus(self.square, -1.0, self._back(image))
+        # 3: Σ_k λ_k d_k²
+        rho, weighed = share * (lam * self.square), weights * image.value
+        off = None if image.off is None else lam * image.off + FEW * sizes(weighed)
+        missed = w.plus(rho, -1.0, self._back(_Known(weighed, off)))
 
-        linear = v.plus(1.0, 1.0, back).plus(1.0, -2 * lam, missed)
-        constant = u.constant + h * u.curvature * _inner(omega.value, taken.value) + penalty
-        constant, curvature = constant + lam * _inner(w.value, missed.value), u.curvature + lam * self.square
+        linear = v.plus(1.0, 1.0, back).plus(1.0, -2.0, missed)
+        constant = (
+            u.constant + h * u.curvature * _inner(omega.value, taken.value) + penalty + _inner(w.value, missed.value)
+        )
+        curvature = u.curvature + rho
         if u.rounding is None:
             return Majorant(linear.value, None, curvature, constant)
         assert coefficient.off is not None and linear.off is not None
         size = sizes(coefficient.value)
-        constant = constant + h * u.curvature * _inner_off(omega, taken) + lam * _inner_off(w, missed)
+        constant = constant + h * u.curvature * _inner_off(omega, taken) + _inner_off(w, missed)
         constant = (
             constant + FEW * size.square() / lam + 2 * size * (self._norm * near + self.off)
         )  # z for the exact one
         rounding = u.rounding + self._norm * coefficient.off + linear.off
         return Majorant(linear.value, rounding * SLACK, curvature * SLACK, constant * SLACK)
+
+    @torch.no_grad()
+    def _weights(self, u: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """λ (N,), the λ_k (N, ...), and ρ as a share of λS² (N,)."""
+        enough, price = (
+            u.clamp_min(0) / (4 * self.z.abs()).clamp_min(torch.finfo(u.dtype).tiny) * SLACK,
+            PRICE * self.square,
+        )
+        lam, share = _multiplier(u, self.z, price * reach.square()), torch.ones_like(reach)
+        weights = torch.minimum(_column(lam, enough), enough)
+        if self.overlaps is None or not enough.any():
+            return lam, weights, share
+        fires = enough.movedim(1, 0).flatten(1).any(1)
+        overlaps, seen = self.overlaps[fires][:, fires], torch.ones_like(enough[:, fires])
+        for again in range(ROUNDS):
+            if again:
+                lam = _multiplier(u, self.z, share * price * reach.square())
+                weights = torch.minimum(_column(lam, enough), enough)
+            norm, seen = _weighted(overlaps, weights[:, fires], seen)
+            share = torch.minimum(norm / (lam * self.square) * SLACK, torch.ones_like(share))
+            if bool((share == 1).all()):
+                break
+        return lam, weights, share * SLACK
 
     def _sigma(self, t: Tensor) -> Tensor:
         return F.leaky_relu(t, self.leak)
@@ -336,6 +380,47 @@ class _Bent(NamedTuple):
         """Aᵀa."""
         off = None if a.off is None else self._norm * a.off + self.adjoint * sizes(a.value)
         return _Known(self.transpose(a.value), off)
+
+
+def _overlaps(linear: nn.Module) -> Tensor | None:
+    """|AAᵀ| from above: for a ``Linear`` the matrix (m, m); for a convolution padded with zeros, neither strided nor dilated nor grouped,
+    the kernel (m, m, 2k-1, ...) of |AAᵀ| on the whole plane, of which |AAᵀ| here has parts of sums. None for other layers."""
+    if not is_torch(linear):
+        return None
+    weight: Tensor = linear.weight.detach()  # type: ignore[assignment, operator]
+    if weight.ndim > 2 and not (
+        is_written_out(linear) and not linear.transposed and {*linear.stride, *linear.dilation, linear.groups} == {1}  # type: ignore[misc]
+    ):
+        return None
+    key = content(linear, weight)
+    if key not in _OVERLAPS:
+        rounding = gamma(weight[0].numel() + 1, UNIT[weight.dtype])
+        _OVERLAPS[key] = (_correlated(weight).abs() + rounding * _correlated(weight.abs())) * SLACK
+        if len(_OVERLAPS) > REMEMBERED:
+            _OVERLAPS.popitem(last=False)
+    return _OVERLAPS[key]
+
+
+def _correlated(weight: Tensor) -> Tensor:
+    if weight.ndim == 2:
+        return weight @ weight.T
+    return _CONVOLVE[weight.ndim](weight, weight, padding=[n - 1 for n in weight.shape[2:]])
+
+
+def _weighted(overlaps: Tensor, weights: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """max_k (|AAᵀ|Λq)_k/q_k over the λ_k > 0 (N,), and the q (N, ...) for it, nearer to the Perron vector than the one given."""
+
+    def product(q: Tensor) -> Tensor:
+        t = weights * q
+        if overlaps.ndim == 2:
+            return t @ overlaps.T
+        return _CONVOLVE[overlaps.ndim](t, overlaps, padding=[n // 2 for n in overlaps.shape[2:]]).to(q.dtype)
+
+    for _ in range(ROUNDS):
+        q = product(q)
+        q = q / _column(q.flatten(1).amax(1).clamp_min(torch.finfo(q.dtype).tiny), q) + FLOOR
+    ratios = torch.where(weights > 0, product(q) / q, 0.0)
+    return ratios.flatten(1).amax(1), q
 
 
 def _multiplier(u: Tensor, z: Tensor, price: Tensor) -> Tensor:
@@ -437,6 +522,7 @@ def _flow(flow: GradientFlow, x: Tensor, sound: bool) -> Trace:
         return homogeneous(linear, t)[0].to(t.dtype)
 
     parts: list[_Part] = []
+    overlaps = _overlaps(linear) if x.ndim == 2 or not isinstance(linear, nn.Linear) else None
     for _ in range(n):
         z, transposed = affine(linear, x)
         off = forward * (absolute * sizes(x) + offset) if sound else torch.zeros(())
@@ -445,7 +531,9 @@ def _flow(flow: GradientFlow, x: Tensor, sound: bool) -> Trace:
             return transposed(s, scale).to(s.dtype)
 
         parts.append(
-            _Bent(apply, transpose, square, h, leak, z.to(x.dtype), forward * absolute, adjoint * absolute, off)
+            _Bent(
+                apply, transpose, square, h, leak, z.to(x.dtype), forward * absolute, adjoint * absolute, off, overlaps
+            )
         )
         x = x + transpose(flow.activation(z), -h).to(x.dtype)
     return Trace(parts, x, sound)
