@@ -138,6 +138,115 @@ def test_a_bound_with_an_error_is_caught(part: str, monkeypatch: pytest.MonkeyPa
     assert largest_excess(net, x, rows, bound, reach) > 1e-3
 
 
+LINEAR: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
+    "linear": (lambda: nn.Linear(20, 12), (20,)),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 5, padding=2), (2, 9)),
+    "conv2d": (lambda: conv(3, 9), (3, 5, 6)),
+    "conv2d, even": (lambda: nn.Conv2d(2, 4, (4, 2), padding=(2, 0)), (2, 5, 6)),
+    "conv2d, padded by more than it reaches": (lambda: nn.Conv2d(2, 3, 2, padding=3), (2, 3, 3)),
+    "conv3d": (lambda: nn.Conv3d(1, 2, (1, 2, 3), padding=(0, 1, 1)), (1, 2, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_norm_of_weighted_neurons_is_bounded_by_their_overlaps(name: str) -> None:
+    """max_k (|AAᵀ|Λq)_k/q_k is never below ‖Λ^½A‖², near it for few neurons or overlaps of one sign, and the row's ‖a_k‖² for one."""
+    torch.manual_seed(0)
+    make, shape = LINEAR[name]
+    linear = make().double()
+    identity = torch.eye(int(np.prod(shape)), dtype=torch.float64).reshape(-1, *shape)
+    columns = homogeneous(linear, identity)[0].detach()  # (inputs, m, ...)
+    some = torch.rand(5, *columns.shape[1:], dtype=torch.float64) < torch.tensor([1, 0.5, 0.1, 0.03, 0]).reshape(
+        5, *(1,) * (columns.ndim - 1)
+    )
+    weights = some * torch.rand(some.shape, dtype=torch.float64) ** 4
+
+    def exact(weights: Tensor, columns: Tensor) -> Tensor:
+        return torch.stack([torch.linalg.matrix_norm((columns * w.sqrt()).flatten(1), 2) ** 2 for w in weights])
+
+    overlaps = module._overlaps(linear)
+    assert overlaps is not None
+    bound, q = module._weighted(overlaps, weights, torch.ones_like(weights))
+    assert bool((q > 0).all())
+    assert bool((bound >= exact(weights, columns) * (1 - 1e-13)).all()) and float(bound[-1]) == 0
+    better, _ = module._weighted(overlaps, weights, q)
+    assert bool((better <= bound * (1 + 1e-3)).all())
+
+    linear.weight.data.abs_()  # type: ignore[union-attr, operator]
+    columns = homogeneous(linear, identity)[0].detach()
+    overlaps = module._overlaps(linear)
+    assert overlaps is not None
+    one = torch.zeros_like(weights[:1])
+    k = tuple(n // 2 for n in one.shape)
+    one[k] = 3.0
+    bound, q = module._weighted(overlaps, one, torch.ones_like(one))
+    assert float(bound) >= float(exact(one, columns)) * (1 - 1e-13)
+    if "more" not in name:
+        assert float(bound) <= 3.0 * float(linear.weight[k[1]].detach().norm() ** 2) * (1 + 1e-6)  # type: ignore[index, operator]
+    for _ in range(40):
+        bound, q = module._weighted(overlaps, weights, q.expand_as(weights))
+    far = exact(weights, columns)
+    assert bool((bound >= far * (1 - 1e-13)).all())
+
+
+def test_overlaps_are_not_guessed_of_other_layers() -> None:
+    for linear in (
+        conv(4, 4, stride=2), conv(4, 4, dilation=2), conv(4, 4, groups=2), conv(4, 4, padding_mode="circular"),
+        nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding="same"),
+    ):  # fmt: skip
+        assert module._overlaps(linear.double()) is None
+
+
+def weights_met(name: str, reach: float) -> list[tuple[module._Bent, Tensor, Tensor, Tensor]]:
+    """Each layer of a network as it was met, and the λ, λ_k and ρ that were chosen there."""
+    net, x, rows = problem(name)
+    chosen: list[tuple[module._Bent, Tensor, Tensor, Tensor]] = []
+
+    class Watched(module._Bent):  # type: ignore[misc]
+        def _weights(self, u: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            lam, weights, share = super()._weights(u, reach)
+            chosen.append((self, lam, weights, share * (lam * self.square)))
+            return lam, weights, share
+
+    met = trace(net, x)
+    parts = [Watched(*part) if isinstance(part, module._Bent) else part for part in met.parts]
+    zero = torch.zeros(len(x), dtype=torch.float64)
+    met._replace(parts=parts).majorant(rows, zero + reach, zero)
+    return chosen
+
+
+@pytest.mark.parametrize("reach", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("name", ["relu", "dense", "channels", "strided, circular"])
+def test_rho_is_no_smaller_than_the_norm(name: str, reach: float) -> None:
+    chosen = weights_met(name, reach)
+    for layer, lam, weights, rho in chosen:
+        shape = layer.transpose(weights).shape[1:]
+        columns = layer.apply(torch.eye(int(np.prod(shape)), dtype=torch.float64).reshape(-1, *shape))
+        exact = torch.stack([torch.linalg.matrix_norm((columns * w.sqrt()).flatten(1), 2) ** 2 for w in weights])
+        assert bool((rho >= exact).all()) and bool((rho <= lam * layer.square * (1 + 1e-8)).all())
+        assert bool((weights <= lam.reshape(-1, *(1,) * (weights.ndim - 1))).all())
+    if name == "relu" and reach < 1:  # hardly a neuron may change its sign
+        assert all(float((rho / (lam * layer.square)).mean()) < 0.7 for layer, lam, _, rho in chosen)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8])
+def test_a_neuron_is_paid_for_whatever_it_does(share: float) -> None:
+    """u(Δ - sd) ≤ λ_k d² + p_k for every d, and with less than λ_k it would not be so."""
+    torch.manual_seed(0)
+    count = 400
+    u, z = (torch.randn(count, 1, dtype=torch.float64) for _ in range(2))
+    reach = torch.rand(count, dtype=torch.float64) * 2
+    zero = torch.zeros(count, dtype=torch.float64)
+    layer = module._Bent(lambda t: t, lambda s, scale=1.0: s * scale, 1.0, 1.0, 0.0, z, 0.0, 0.0, zero)
+    lam, weights, _ = layer._weights(u, reach)
+    slope, penalty = module._relaxed(u, z, lam)
+    d = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    gained = u * ((z + d).relu() - z.relu() - slope * d)
+    over = gained - share * weights * d**2 - penalty[:, None]
+    assert bool((over <= 1e-12).all()) == (share == 1)
+    assert 0.1 < float((weights[:, 0] < lam).double().mean()) < 0.9
+
+
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Shape]]] = {
     "flow": lambda: (GradientFlow(conv(3, 9)), SHAPE),
     "leaky flow": lambda: (GradientFlow(conv(3, 9), nn.LeakyReLU(0.3)), SHAPE),
