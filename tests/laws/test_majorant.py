@@ -164,7 +164,7 @@ def test_the_norm_of_weighted_neurons_is_bounded_by_their_overlaps(name: str) ->
     def exact(weights: Tensor, columns: Tensor) -> Tensor:
         return torch.stack([torch.linalg.matrix_norm((columns * w.sqrt()).flatten(1), 2) ** 2 for w in weights])
 
-    overlaps = module._overlaps(linear)
+    overlaps = module._overlaps(linear, False)
     assert overlaps is not None
     bound, q = module._weighted(overlaps, weights, torch.ones_like(weights))
     assert bool((q > 0).all())
@@ -174,7 +174,7 @@ def test_the_norm_of_weighted_neurons_is_bounded_by_their_overlaps(name: str) ->
 
     linear.weight.data.abs_()  # type: ignore[union-attr, operator]
     columns = homogeneous(linear, identity)[0].detach()
-    overlaps = module._overlaps(linear)
+    overlaps = module._overlaps(linear, False)
     assert overlaps is not None
     one = torch.zeros_like(weights[:1])
     k = tuple(n // 2 for n in one.shape)
@@ -194,7 +194,7 @@ def test_overlaps_are_not_guessed_of_other_layers() -> None:
         conv(4, 4, stride=2), conv(4, 4, dilation=2), conv(4, 4, groups=2), conv(4, 4, padding_mode="circular"),
         nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding="same"),
     ):  # fmt: skip
-        assert module._overlaps(linear.double()) is None
+        assert module._overlaps(linear.double(), False) is None
 
 
 def weights_met(name: str, reach: float) -> list[tuple[module._Bent, Tensor, Tensor, Tensor]]:
@@ -320,6 +320,33 @@ def test_what_the_exact_map_may_be_elsewhere_is_covered() -> None:
         assert bool((fall <= bound.within(0.02)).all())
         apart = max(apart, float((fall - plain.within(0.02)).max()))
     assert apart > 0  # without it there is no bound
+
+
+def test_what_a_layer_of_ones_own_rounds_away_is_covered() -> None:
+    """Of such a layer Aa is had as (Aa + b) - b, in which a large b leaves little of a small a."""
+
+    class Offset(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.full((1,), 1.5 * 2.0**33))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.bias
+
+        def norm_bound(self, shape: Shape | None = None) -> float:
+            return 1.0
+
+        def absolute_norm_bound(self) -> float:
+            return 1.0
+
+        def terms(self) -> tuple[int, int]:
+            return 1, 1
+
+    flow = GradientFlow(Offset(), shape=(1,)).double().eval().requires_grad_(False)
+    x, one, row = torch.zeros(1, 1).double(), torch.ones(1).double(), 1.4 * 2.0**-19
+    bound = trace(nn.Sequential(flow), x).majorant(torch.tensor([[row]]).double(), one, 0 * one)
+    assert bound.rounding is not None
+    assert float(bound.within(1.0) + bound.rounding) >= row * abs(flow.step()[0] - 1)  # x ↦ x - h(x + b) there
 
 
 def test_the_bound_covers_its_own_rounding() -> None:

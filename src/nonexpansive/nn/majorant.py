@@ -69,7 +69,7 @@ FLOOR = 1e-6
 REMEMBERED = 64
 """Of how many layers |AAᵀ| is kept, by the content of their weights."""
 
-_OVERLAPS: OrderedDict[bytes, Tensor] = OrderedDict()
+_OVERLAPS: OrderedDict[tuple[bytes, torch.device], Tensor] = OrderedDict()
 _CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 FEW = 2.0**-47
@@ -281,7 +281,8 @@ class _Bent(NamedTuple):
     """x ↦ x - hAᵀσ(Ax + b), σ(t) = ``leak``·t for t < 0, at z = Ax + b.
 
     ``square`` ≥ ‖A‖², with h·square ≤ 2. ``forward`` and ``adjoint``: how far, relative to their arguments' sizes, Ax and Aᵀs may be
-    off by rounding; ``off`` (N,): how far z may be, of the x that it was computed from. All three 0 where rounding does not count.
+    off by rounding, Ax by ``drift`` besides; ``off`` (N,): how far z may be, of the x that it was computed from. All four 0 where
+    rounding does not count.
     ``overlaps``: |AAᵀ| from above, as :func:`_overlaps` gives it.
     """
 
@@ -294,6 +295,7 @@ class _Bent(NamedTuple):
     forward: float
     adjoint: float
     off: Tensor
+    drift: float = 0.0
     overlaps: Tensor | None = None
 
     def back(self, v: Tensor) -> Tensor:
@@ -333,10 +335,10 @@ class _Bent(NamedTuple):
         if u.rounding is None:
             return Majorant(linear.value, None, curvature, constant)
         assert coefficient.off is not None and linear.off is not None
-        size = sizes(coefficient.value)
+        size, changing = sizes(coefficient.value), sizes(bent.clamp_min(0))
         constant = constant + h * u.curvature * _inner_off(omega, taken) + _inner_off(w, missed)
         constant = (
-            constant + FEW * size.square() / lam + 2 * size * (self._norm * near + self.off)
+            constant + FEW * changing.square() / lam + 2 * size * (self._norm * near + self.off)
         )  # z for the exact one
         rounding = u.rounding + self._norm * coefficient.off + linear.off
         return Majorant(linear.value, rounding * SLACK, curvature * SLACK, constant * SLACK)
@@ -373,7 +375,7 @@ class _Bent(NamedTuple):
 
     def _forth(self, a: _Known) -> _Known:
         """Aa."""
-        off = None if a.off is None else self._norm * a.off + self.forward * sizes(a.value)
+        off = None if a.off is None else self._norm * a.off + self.forward * sizes(a.value) + self.drift
         return _Known(self.apply(a.value), off)
 
     def _back(self, a: _Known) -> _Known:
@@ -382,9 +384,13 @@ class _Bent(NamedTuple):
         return _Known(self.transpose(a.value), off)
 
 
-def _overlaps(linear: nn.Module) -> Tensor | None:
-    """|AAᵀ| from above: for a ``Linear`` the matrix (m, m); for a convolution padded with zeros, neither strided nor dilated nor grouped,
-    the kernel (m, m, 2k-1, ...) of |AAᵀ| on the whole plane, of which |AAᵀ| here has parts of sums. None for other layers."""
+def _overlaps(linear: nn.Module, remember: bool) -> Tensor | None:
+    """|AAᵀ| from above, rounding included: for a ``Linear`` the matrix (m, m); for a convolution padded with zeros, neither strided nor
+    dilated nor grouped, the kernel (m, m, 2k-1, ...) for the whole plane. None for other layers.
+
+    On the plane Ā, A = PĀE with E an extension by zeros and P a choice of neurons, so AAᵀ ⪯ PĀĀᵀPᵀ, whose entries the kernel has.
+    ``remember``: keep it, by the content of the weights.
+    """
     if not is_torch(linear):
         return None
     weight: Tensor = linear.weight.detach()  # type: ignore[assignment, operator]
@@ -392,13 +398,16 @@ def _overlaps(linear: nn.Module) -> Tensor | None:
         is_written_out(linear) and not linear.transposed and {*linear.stride, *linear.dilation, linear.groups} == {1}  # type: ignore[misc]
     ):
         return None
-    key = content(linear, weight)
-    if key not in _OVERLAPS:
-        rounding = gamma(weight[0].numel() + 1, UNIT[weight.dtype])
-        _OVERLAPS[key] = (_correlated(weight).abs() + rounding * _correlated(weight.abs())) * SLACK
+    key = (content(linear, weight), weight.device) if remember else None
+    if key is not None and key in _OVERLAPS:
+        return _OVERLAPS[key]
+    rounding = gamma(weight[0].numel() + 1, UNIT[weight.dtype])
+    overlaps = (_correlated(weight).abs() + rounding * _correlated(weight.abs())) * SLACK
+    if key is not None:
+        _OVERLAPS[key] = overlaps
         if len(_OVERLAPS) > REMEMBERED:
             _OVERLAPS.popitem(last=False)
-    return _OVERLAPS[key]
+    return overlaps
 
 
 def _correlated(weight: Tensor) -> Tensor:
@@ -517,12 +526,16 @@ def _flow(flow: GradientFlow, x: Tensor, sound: bool) -> Trace:
             there, back = linear_maps(linear, tuple(x.shape[1:]), sound_norm(linear))
             forward, adjoint = (m.rounding(UNIT[torch.float64]) for m in (there, back))
             absolute, offset = there.absolute, there.bias
+    # of a layer that is not torch's own Ax is (Ax + b) - b: twice the operations, and what b rounds away
+    again, drift = (1, 0.0) if is_torch(linear) else (2, 4 * forward * offset)
 
     def apply(t: Tensor) -> Tensor:
         return homogeneous(linear, t)[0].to(t.dtype)
 
     parts: list[_Part] = []
-    overlaps = _overlaps(linear) if x.ndim == 2 or not isinstance(linear, nn.Linear) else None
+    overlaps = None
+    if x.ndim == 2 or not isinstance(linear, nn.Linear):
+        overlaps = _overlaps(linear, remember=not flow.training)
     for _ in range(n):
         z, transposed = affine(linear, x)
         off = forward * (absolute * sizes(x) + offset) if sound else torch.zeros(())
@@ -532,7 +545,17 @@ def _flow(flow: GradientFlow, x: Tensor, sound: bool) -> Trace:
 
         parts.append(
             _Bent(
-                apply, transpose, square, h, leak, z.to(x.dtype), forward * absolute, adjoint * absolute, off, overlaps
+                apply,
+                transpose,
+                square,
+                h,
+                leak,
+                z.to(x.dtype),
+                again * forward * absolute,
+                adjoint * absolute,
+                off,
+                drift,
+                overlaps,
             )
         )
         x = x + transpose(flow.activation(z), -h).to(x.dtype)
