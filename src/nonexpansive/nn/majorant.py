@@ -337,20 +337,17 @@ class _Bent(NamedTuple):
         assert coefficient.off is not None and linear.off is not None
         size, changing = sizes(coefficient.value), sizes(bent.clamp_min(0))
         constant = constant + h * u.curvature * _inner_off(omega, taken) + _inner_off(w, missed)
-        constant = (
-            constant + FEW * changing.square() / lam + 2 * size * (self._norm * near + self.off)
-        )  # z for the exact one
+        constant = constant + FEW * changing.square() / lam
+        constant = constant + 2 * size * (self._norm * near + self.off)  # z for the exact one
         rounding = u.rounding + self._norm * coefficient.off + linear.off
         return Majorant(linear.value, rounding * SLACK, curvature * SLACK, constant * SLACK)
 
     @torch.no_grad()
     def _weights(self, u: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """λ (N,), the λ_k (N, ...), and ρ as a share of λS² (N,)."""
-        enough, price = (
-            u.clamp_min(0) / (4 * self.z.abs()).clamp_min(torch.finfo(u.dtype).tiny) * SLACK,
-            PRICE * self.square,
-        )
-        lam, share = _multiplier(u, self.z, price * reach.square()), torch.ones_like(reach)
+        enough = u.clamp_min(0) / (4 * self.z.abs()).clamp_min(torch.finfo(u.dtype).tiny) * SLACK
+        price, share = PRICE * self.square * reach.square(), torch.ones_like(reach)
+        lam = _multiplier(u, self.z, price)
         weights = torch.minimum(_column(lam, enough), enough)
         if self.overlaps is None or not enough.any():
             return lam, weights, share
@@ -358,7 +355,7 @@ class _Bent(NamedTuple):
         overlaps, seen = self.overlaps[fires][:, fires], torch.ones_like(enough[:, fires])
         for again in range(ROUNDS):
             if again:
-                lam = _multiplier(u, self.z, share * price * reach.square())
+                lam = _multiplier(u, self.z, share * price)
                 weights = torch.minimum(_column(lam, enough), enough)
             norm, seen = _weighted(overlaps, weights[:, fires], seen)
             share = torch.minimum(norm / (lam * self.square) * SLACK, torch.ones_like(share))
