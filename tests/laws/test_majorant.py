@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from nonexpansive.errors import Refused
 from nonexpansive.math.certificate import Shape
 from nonexpansive.nn import AdaptiveSteps, GradientFlow, MaxMin
 from nonexpansive.nn.classifier import Centre, Channels, Classifier, Symmetrised, flow_classifier
+from nonexpansive.nn.descent import converted, descend
 from nonexpansive.nn.linear import homogeneous
-from nonexpansive.nn.majorant import Majorant, trace
+from nonexpansive.nn.majorant import Choice, Majorant, trace
 from nonexpansive.robust import Evaluation, certify_classifier, require_sound, search
 
 SHAPE = (3, 8, 8)
@@ -118,6 +120,107 @@ def test_no_perturbation_makes_a_margin_fall_further(name: str, reach: float) ->
     assert float(bound.rounding.max()) < 1e-9 * float(size(rows).max())
 
 
+def arbitrary(choices: list[Any], scale: float) -> list[Any]:
+    """Choices of the same kind that have nothing to do with the network."""
+
+    def noise(t: Tensor) -> Tensor:
+        return scale * torch.randn_like(t)
+
+    def some(chosen: Any) -> Any:
+        if isinstance(chosen, list):
+            return arbitrary(chosen, scale)
+        if isinstance(chosen, Tensor):
+            return noise(chosen)
+        lam = None if chosen.lam is None else chosen.lam * (2 * torch.randn_like(chosen.lam)).exp()
+        seen = None if chosen.seen is None else torch.rand_like(chosen.seen) - 0.1  # which is not to matter
+        return Choice(noise(chosen.w), noise(chosen.omega), lam, seen)
+
+    return [some(chosen) for chosen in choices]
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_is_a_bound_whatever_is_chosen(name: str, scale: float) -> None:
+    net, x, rows = problem(name)
+    met, zero, reach = trace(net, x), torch.zeros(len(x), dtype=torch.float64), 0.3
+    choices = met.choices(rows, zero + reach)
+    usual = met.majorant(rows, zero + reach, zero, choices)
+    bound = met.majorant(rows, zero + reach, zero, arbitrary(choices, scale))
+    assert not torch.allclose(bound.constant, usual.constant, rtol=0.1)
+    assert largest_excess(net, x, rows, bound, reach) <= 1e-12
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_descent_finds_larger_radii_which_are_radii_too(name: str) -> None:
+    net, x, rows = problem(name)
+    met, zero = trace(net, x), torch.zeros(len(x), dtype=torch.float64)
+    margin, reach = size(rows) * 0.3, zero + 0.4
+    usual = met.majorant(rows, reach, zero).radius(margin, zero)
+    rough = trace(copy.deepcopy(net).float(), x.float(), sound=False)
+    found = descend(rough, rows.float(), margin.float(), reach.float(), 12)
+    bound = met.majorant(rows, reach, zero, converted(found, torch.float64))
+    radius = bound.radius(margin, zero)
+    assert bool((radius >= usual * (1 - 1e-4)).all())
+    if name == "channels":  # nothing but the layers that drop channels is to choose there after the first
+        assert float(radius.sum()) > 0.98 * float(usual.sum())
+    elif name != "substeps":
+        assert float(radius.sum()) > 1.02 * float(usual.sum()), float(radius.sum() / usual.sum())
+    assert largest_excess(net, x, rows, bound, 0.4) <= 1e-12
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e30, 0.0])
+def test_a_choice_that_breaks_the_arithmetic_costs_the_radius_and_proves_nothing(wrong: float) -> None:
+    net, x, rows = problem("deep")
+    met, zero = trace(net, x), torch.zeros(len(x), dtype=torch.float64)
+    for part in ("w", "omega", "lam", "seen"):
+        choices = met.choices(rows, zero + 0.1)
+        usual = met.majorant(rows, zero + 0.1, zero, choices).radius(0.1 * size(rows), zero)
+        setattr(choices[2], part, getattr(choices[2], part) * 0 + wrong)
+        radius = met.majorant(rows, zero + 0.1, zero, choices).radius(0.1 * size(rows), zero)
+        assert not bool((radius > usual * (1.01 if part in ("w", "omega", "seen") and wrong == 0 else 1)).any())
+
+
+def test_what_neurons_cost_is_differentiated_as_it_is() -> None:
+    """p = max(0, u/2 - 2λ|z|)²/4λ where s is the best slope: either of the two parabolas alone has another derivative."""
+    torch.manual_seed(0)
+    z = torch.randn(50, 1, dtype=torch.float64)
+    u, lam = torch.randn(50, 1, dtype=torch.float64), 0.1 + torch.rand(50, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda u, lam: module._relaxed(u, z, lam)[1], (u.requires_grad_(), lam.requires_grad_())
+    )
+
+
+def test_descent_goes_where_the_network_can_be_run() -> None:
+    """A map of one's own that knows float64 alone, and a float64 network whose float32 copy would take other steps."""
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix, self.offset = torch.randn(9, 192) / 20, nn.Parameter(torch.zeros(9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.matrix.T + self.offset
+
+        def norm_bound(self, shape: Shape | None = None) -> float:
+            return float(torch.linalg.matrix_norm(self.matrix, 2)) * 1.001
+
+        def absolute_norm_bound(self) -> float:
+            return float(torch.linalg.matrix_norm(self.matrix.abs(), 2)) * 1.001
+
+        def terms(self) -> tuple[int, int]:
+            return 192, 9
+
+    torch.manual_seed(0)
+    head = nn.Linear(192, 3)
+    fixed = Fixed()
+    flows = (GradientFlow(fixed, shape=(192,)), GradientFlow(nn.Linear(192, 9), control=AdaptiveSteps(span=8.0)))
+    fixed.matrix = fixed.matrix.double()
+    for flow in flows:
+        made = certify_classifier(nn.Sequential(nn.Flatten(), flow, head).double().eval(), SHAPE)
+        fine, rough = made.radii(images(4), local=True).radius, made.radii(images(4)).radius
+        assert bool((fine >= rough).all()) and bool((fine > rough).any())
+
+
 @pytest.mark.parametrize("part", ["penalty", "curvature", "constant", "slopes", "longer step"])
 def test_a_bound_with_an_error_is_caught(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The perturbations above find out each of these: neurons that change their sign at no cost, ..."""
@@ -166,11 +269,14 @@ def test_the_norm_of_weighted_neurons_is_bounded_by_their_overlaps(name: str) ->
 
     overlaps = module._overlaps(linear, False)
     assert overlaps is not None
-    bound, q = module._weighted(overlaps, weights, torch.ones_like(weights))
-    assert bool((q > 0).all())
-    assert bool((bound >= exact(weights, columns) * (1 - 1e-13)).all()) and float(bound[-1]) == 0
-    better, _ = module._weighted(overlaps, weights, q)
-    assert bool((better <= bound * (1 + 1e-3)).all())
+    norms, q = exact(weights, columns), torch.rand_like(weights) + 0.01
+    bounds = []
+    for _ in range(4):
+        bound, q = module._weighted(overlaps, weights, q)
+        assert bool((q > 0).all())
+        assert bool((bound >= norms * (1 - 1e-13)).all()) and float(bound[-1]) == 0
+        bounds.append(bound)
+    assert bool((bounds[-1] <= bounds[0] * (1 + 1e-3)).all())
 
     linear.weight.data.abs_()  # type: ignore[union-attr, operator]
     columns = homogeneous(linear, identity)[0].detach()
@@ -180,6 +286,7 @@ def test_the_norm_of_weighted_neurons_is_bounded_by_their_overlaps(name: str) ->
     k = tuple(n // 2 for n in one.shape)
     one[k] = 3.0
     bound, q = module._weighted(overlaps, one, torch.ones_like(one))
+    bound, q = module._weighted(overlaps, one, q)
     assert float(bound) >= float(exact(one, columns)) * (1 - 1e-13)
     if "more" not in name:
         assert float(bound) <= 3.0 * float(linear.weight[k[1]].detach().norm() ** 2) * (1 + 1e-6)  # type: ignore[index, operator]
@@ -205,8 +312,8 @@ def weights_met(name: str, reach: float) -> list[tuple[module._Bent, Tensor, Ten
     chosen: list[tuple[module._Bent, Tensor, Tensor, Tensor]] = []
 
     class Watched(module._Bent):  # type: ignore[misc]
-        def _weights(self, u: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            lam, weights, share = super()._weights(u, reach)
+        def _weights(self, u: Tensor, reach: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
+            lam, weights, share = super()._weights(u, reach, choice)
             chosen.append((self, lam, weights, share * (lam * self.square)))
             return lam, weights, share
 
@@ -240,7 +347,7 @@ def test_a_neuron_is_paid_for_whatever_it_does(share: float) -> None:
     reach = torch.rand(count, dtype=torch.float64) * 2
     zero = torch.zeros(count, dtype=torch.float64)
     layer = module._Bent(lambda t: t, lambda s, scale=1.0: s * scale, 1.0, 1.0, 0.0, z, 0.0, 0.0, zero)
-    lam, weights, _ = layer._weights(u, reach)
+    lam, weights, _ = layer._weights(u, reach, Choice(torch.zeros_like(u)))
     slope, penalty = module._relaxed(u, z, lam)
     d = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     gained = u * ((z + d).relu() - z.relu() - slope * d)

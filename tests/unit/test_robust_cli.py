@@ -22,6 +22,7 @@ from nonexpansive.app.cli import app
 from nonexpansive.app.images import read_image, write_image
 from nonexpansive.app.robust import fitted
 from nonexpansive.errors import BadInput
+from nonexpansive.nn.descent import STEPS
 from nonexpansive.nn.models import build
 from nonexpansive.robust import certify_classifier
 from nonexpansive.train import load_images
@@ -51,22 +52,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_certified_accuracy_on_images(local: bool, weights: Path, tmp_path: Path) -> None:
-    options = (
-        "--limit",
-        50,
-        "--report",
-        tmp_path / "r",
-        "--json",
-        tmp_path / "j.json",
-        *(["--local-bounds"] if local else []),
-    )
+@pytest.mark.parametrize("near", [[], ["--local-bounds"], ["--local-bounds", "--steps", "0"]], ids=" ".join)
+def test_certified_accuracy_on_images(near: list[str], weights: Path, tmp_path: Path) -> None:
+    local, steps = bool(near), 0 if "0" in near else STEPS
+    options = ("--limit", 50, "--report", tmp_path / "r", "--json", tmp_path / "j.json", *near)
     text = run("certify", weights, "--data", tmp_path, *options)
     result = json.loads((tmp_path / "j.json").read_text())
     images, model = load_images("digits", "test")[:50], checkpoint.load(weights).double()
     x: Tensor = images.images.float() / 255
-    prediction, radius = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64).radii(x, local=local)
+    made = certify_classifier(model, (1, 8, 8), arithmetic=torch.float64)
+    prediction, radius = made.radii(x, 32, local=local, steps=steps)
     right = prediction == images.labels
     assert result["clean"]["accuracy"] == [right.double().mean().item()]
     for epsilon, accuracy in zip(result["certified"]["epsilons"], result["certified"]["accuracy"], strict=True):
@@ -123,6 +118,8 @@ def test_a_picture_is_brought_to_the_size_of_the_network() -> None:
     [
         (("certify", "MODEL", "--report", "r"), "give --data"),
         (("certify", "MODEL", "--local-bounds"), "give --data"),
+        (("certify", "MODEL", "--data", ".", "--steps", "3"), "give --local-bounds too"),
+        (("attack", "MODEL", "--data", ".", "--steps", "3"), "give --local-bounds too"),
         (("certify", "MODEL", "--size", "9x9"), "takes pictures of 8x8"),
         (("certify", "MODEL", "--data", ".", "--size", "8x8"), "--size is for denoisers"),
         (("attack", "MODEL", "--data", ".", "--attack", "fgsm"), "there are pgd, auto"),

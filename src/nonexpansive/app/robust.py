@@ -27,6 +27,7 @@ from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import certify
 from nonexpansive.math.rounding import above
 from nonexpansive.nn.classifier import Classifier
+from nonexpansive.nn.descent import STEPS
 from nonexpansive.robust import Curve, Found, certify_classifier, evaluate, nearest, require_sound, search
 from nonexpansive.robust.attacks import ATTACKS
 from nonexpansive.robust.curves import STANDARD
@@ -51,7 +52,13 @@ Local = Annotated[
     bool,
     typer.Option(
         "--local-bounds",
-        help="Bound the margins near each image besides: larger radii, at some hundred times the time.",
+        help="Bound the margins near each image besides: larger radii, at some hundreds of times the time.",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help=f"Steps of descent on each image's bound, with --local-bounds. 0: quick. [default: {STEPS}]"
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
@@ -71,6 +78,7 @@ def certify_model(
     data: Data = None,
     source: Source = None,
     local: Local = False,
+    steps: Steps = None,
     limit: Annotated[int, typer.Option(min=0, help="Only the first so many test images; 0: all.")] = 0,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report.md, curves.png and result.json there.")
@@ -80,6 +88,7 @@ def certify_model(
     """Print what is proved about a model, as a tree of rules; of a classifier with --data also its certified accuracy."""
     if json_file is not None:
         check_writable(json_file, suffixes=(".json",))
+    near = _descent(local, steps)
     module = checkpoint.load(model)
     if data is None:
         if report is not None or source is not None or limit or local:
@@ -95,14 +104,14 @@ def certify_model(
     classifier = _classifier(module, model)
     images = _images(classifier, model, data, source, limit)
     made = _made(classifier, float32)
-    statement = _statement(made, local)
+    statement = _statement(made, near)
     if not _rank():
         out.print(statement, markup=False)
-    evaluation = _evaluated(made, images, False)
+    evaluation = _evaluated(made, images, None)
     kinds = {"certified": Curve.of("certified", evaluation.certified)}
-    if local:
-        near = Curve.of("certified", _evaluated(made, images, True).certified)
-        kinds = {"certified near each image": near, "by the Lipschitz constant": kinds["certified"]}
+    if near is not None:
+        closer = Curve.of("certified", _evaluated(made, images, near).certified)
+        kinds = {"certified near each image": closer, "by the Lipschitz constant": kinds["certified"]}
     if _rank():
         return
     clean, certified = Curve.of("clean", evaluation.correct.double(), [0.0]), next(iter(kinds.values()))
@@ -158,6 +167,7 @@ def attack(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="The first so many test images.")] = 100,
     local: Local = False,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random starts.")] = 0,
     json_file: Json = None,
 ) -> None:
@@ -167,27 +177,28 @@ def attack(
     """
     if json_file is not None:
         check_writable(json_file, suffixes=(".json",))
+    near = _descent(local, steps)
     if which not in ATTACKS:
         raise BadInput(f"--attack {which}: there are {', '.join(ATTACKS)}")
     classifier = _classifier(checkpoint.load(model), model).requires_grad_(False)
     images = _images(classifier, model, data, source, limit)
-    steps = sorted({0.0, *(epsilon or STANDARD[:1])})
+    epsilons = sorted({0.0, *(epsilon or STANDARD[:1])})
     made = _made(classifier, False)
-    evaluation = _evaluated(made, images, local)
+    evaluation = _evaluated(made, images, near)
 
     def attacked(own: Any, tick: Callable[[int], None]) -> Found:
-        return search(classifier, pixels(own.images), own.labels, steps[1:], which, seed=seed + _rank(), watch=tick)
+        return search(classifier, pixels(own.images), own.labels, epsilons[1:], which, seed=seed + _rank(), watch=tick)
 
     found = Found(*_shared("attacking", images, attacked))
     if _rank():
         return
     require_sound(made, evaluation, found)
     robust, certified = (
-        Curve.of(name, values, steps)
+        Curve.of(name, values, epsilons)
         for name, values in (("robust", found.distance.cpu()), ("certified", evaluation.certified))
     )
     out.print(f"{len(images)} images, {which}; no attack succeeded within a certified radius", markup=False)
-    for i, e in enumerate(steps):
+    for i, e in enumerate(epsilons):
         text = f"ε = {e:.4f} ({e * 255:.0f}/255): certified {_percent(certified, i)} %, under attack {_percent(robust, i)} %"
         out.print(text, markup=False)
     if json_file is not None:
@@ -241,7 +252,7 @@ def classify(
     result: dict[str, Any] = {
         "command": "classify", "photo": str(photo), "model": model, "class": name, "margin": first - second,
         "radius": float(radius), "logits": dict(zip(classifier.classes, logits.tolist(), strict=True)),
-        "statement": _statement(made, local),
+        "statement": _statement(made, STEPS if local else None),
     }  # fmt: skip
     if figure is not None:
         from nonexpansive.app.figures import adversary
@@ -326,19 +337,32 @@ def _images(classifier: Classifier, name: str, data: Path, source: str | None, l
     return images[: limit or len(images)]
 
 
-def _evaluated(made: CertifiedClassifier, images: Any, local: bool) -> Evaluation:
-    if local and made.only_global is not None:
+def _descent(local: bool, steps: int | None) -> int | None:
+    """How many steps of descent near each image; None: no bound there."""
+    if steps is not None and not local:
+        raise BadInput("--steps is about the bounds near images: give --local-bounds too")
+    return (STEPS if steps is None else steps) if local else None
+
+
+def _evaluated(made: CertifiedClassifier, images: Any, steps: int | None) -> Evaluation:
+    if steps is not None and made.only_global is not None:
         raise BadInput(f"--local-bounds: no bound near an image is known through {made.only_global}, leave it out")
 
     def certified(own: Any, tick: Callable[[int], None]) -> tuple[Tensor, ...]:
-        evaluation = evaluate(made, own.images, own.labels, batch=32 if local else 256, local=local, watch=tick)
+        if steps is None:
+            evaluation = evaluate(made, own.images, own.labels, watch=tick)
+        else:
+            evaluation = evaluate(made, own.images, own.labels, batch=32, local=True, steps=steps, watch=tick)
         return evaluation.label, evaluation.prediction, evaluation.radius
 
     return Evaluation(*_shared("certifying", images, certified))
 
 
-def _statement(made: CertifiedClassifier, local: bool) -> str:
-    return made.statement + ("; or by a bound on the margins near the image" if local else "")
+def _statement(made: CertifiedClassifier, steps: int | None) -> str:
+    near = (
+        "" if steps is None else f"; or by a bound on the margins near the image, bettered by {steps} steps of descent"
+    )
+    return made.statement + near
 
 
 def _rank() -> int:

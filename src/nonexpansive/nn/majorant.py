@@ -27,9 +27,9 @@ Together: a bound of the same kind on the fall when F's *input* moves by δ, wit
     v + Aᵀ(su) - 2Mw,   κ + ρ,   c + hκ⟨ω, Rω⟩ + Σ_k p_k + ⟨w, Mw⟩.
 
 Isometries and projections carry v back by their adjoint, a mean over views adds. At the image itself the margin m is certain while
-‖v‖r + κr² + c < m: a quadratic in r, less what rounding may do. Every choice of ω, λ, s, q and w gives a bound; the one made here is sharp
-near the attack along the gradient. A leaky ReLU is a part of the identity and a part of the ReLU, and MaxMin a flow whose A takes
-differences of channels.
+‖v‖r + κr² + c < m: a quadratic in r, less what rounding may do. Every choice of ω, λ, s, q and w gives a bound; the one made here is
+sharp near the attack along the gradient, and :mod:`nonexpansive.nn.descent` finds better ones. A leaky ReLU is a part of the identity
+and a part of the ReLU, and MaxMin a flow whose A takes differences of channels.
 
 :func:`trace` runs a network and notes what it meets, :meth:`Trace.majorant` goes back. In evaluation mode what is returned is a bound of
 the exact map, rounding included, if the network is in float64. In training mode it follows the estimates of ‖A‖ that the
@@ -40,6 +40,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -61,12 +62,12 @@ PRICE = 0.6
 """What λ is taken to cost, as a share of the most that it can, ρr²/λ."""
 
 ROUNDS = 2
-"""How often λ is chosen for the ρ found, and how many products by |AAᵀ|Λ bring q nearer to its Perron vector each time."""
+"""How often λ is chosen for the ρ found, and how many products by |AAᵀ|Λ bring q nearer to its Perron vector at first."""
 
 FLOOR = 1e-6
 """What q is nowhere below, of its largest entry."""
 
-REMEMBERED = 64
+REMEMBERED = 128
 """Of how many layers |AAᵀ| is kept, by the content of their weights."""
 
 _OVERLAPS: OrderedDict[tuple[bytes, torch.device], Tensor] = OrderedDict()
@@ -92,6 +93,12 @@ class Majorant(NamedTuple):
         """The largest fall (N,) for ‖δ‖ ≤ ``radius``, rounding left out."""
         return _square(self.linear).sqrt() * radius + self.curvature * radius * radius + self.constant
 
+    def lasts(self, margin: Tensor) -> Tensor:
+        """The r (N,) at which the bound has reached ``margin``, rounding left out; 0 where there is none."""
+        left = (margin - self.constant).clamp_min(0)
+        b = _square(self.linear).sqrt()
+        return 2 * left / (b + (b * b + 4 * self.curvature * left).sqrt()).clamp_min(torch.finfo(b.dtype).tiny)
+
     def radius(self, margin: Tensor, speed: Tensor) -> Tensor:
         """The r (N,), from below, up to which ``margin`` - ``speed``·r exceeds the fall for all ‖δ‖ ≤ r; 0 where there is none."""
         if self.rounding is None:
@@ -99,6 +106,21 @@ class Majorant(NamedTuple):
         b = (sizes(self.linear) + self.rounding + speed) * SLACK
         left = (margin / SLACK - self.constant * SLACK).clamp_min(0)
         return 2 * left / (b + (b * b + 4 * self.curvature * SLACK * left).sqrt() * SLACK) / SLACK**2
+
+
+@dataclass(eq=False)
+class Choice:
+    """What a bound through a flow is free to choose: ``w`` (N, ...), ``omega`` (N, ...), ω, ``lam`` (N,), λ, and ``seen`` (N, ...), q.
+
+    None: to be chosen, which the first bound that is made with it does. ``stiffness``: of that bound, 2ρ (N,) and 2hκ (N,), by which its c
+    bends at most, and half as much, as a function of w and of ω.
+    """
+
+    w: Tensor
+    omega: Tensor | None = None
+    lam: Tensor | None = None
+    seen: Tensor | None = None
+    stiffness: tuple[Tensor, Tensor] | None = None
 
 
 class Trace(NamedTuple):
@@ -111,18 +133,26 @@ class Trace(NamedTuple):
     output: Tensor
     sound: bool
 
-    def majorant(self, rows: Tensor, reach: Tensor, near: Tensor | None = None) -> Majorant:
+    def majorant(
+        self, rows: Tensor, reach: Tensor, near: Tensor | None = None, choices: list[Any] | None = None
+    ) -> Majorant:
         """A majorant of the fall of ⟨rows, output⟩, a margin less its offset, as a function of how far each sample moves.
 
         ``rows`` (N, d): w_i - w_j, taken as exact; ``reach`` (N,): the distance at which the bound is to be sharp; ``near`` (N,): how
-        far what each layer gives may be from what the exact map does (None: not at all).
+        far what each layer gives may be from what the exact map does (None: not at all); ``choices``: what to choose, as
+        :meth:`choices` gives it (None: for these rows and this reach). It is a bound whatever they are, as long as λ and q are not
+        negative. What is None in them is filled in, and q is bettered.
         """
         zero = torch.zeros_like(reach)
-        with torch.no_grad():
-            against = _back(self.parts, -rows)
-            met, _ = _push(self.parts, against * _column(reach / _square(against).sqrt().clamp_min(NOTHING), against))
         start = Majorant(-rows, zero if self.sound else None, zero, zero)
-        return _pull(self.parts, met, start, reach, zero if near is None else near)
+        choices = self.choices(rows, reach) if choices is None else choices
+        return _pull(self.parts, choices, start, reach, zero if near is None else near)
+
+    @torch.no_grad()
+    def choices(self, rows: Tensor, reach: Tensor) -> list[Any]:
+        """For each part what a bound may choose there, sharp at the attack of size ``reach`` along the gradient."""
+        against = _back(self.parts, -rows)
+        return _push(self.parts, against * _column(reach / _square(against).sqrt().clamp_min(NOTHING), against))[0]
 
 
 Tracer = Callable[[Any, Tensor, bool], Trace]
@@ -178,11 +208,11 @@ class _Part(Protocol):
         ...
 
     def push(self, w: Tensor) -> tuple[Any, Tensor]:
-        """What ``pull`` is to be given for samples that are moved by w, and by how much the output moves then."""
+        """What to choose in ``pull`` for samples that are moved by w, and by how much the output moves then."""
         ...
 
-    def pull(self, u: Majorant, met: Any, reach: Tensor, near: Tensor) -> Majorant:
-        """The majorant at the input from that at the output."""
+    def pull(self, u: Majorant, chosen: Any, reach: Tensor, near: Tensor) -> Majorant:
+        """The majorant at the input from that at the output, for every choice."""
         ...
 
 
@@ -193,16 +223,16 @@ def _back(parts: Sequence[_Part], v: Tensor) -> Tensor:
 
 
 def _push(parts: Sequence[_Part], w: Tensor) -> tuple[list[Any], Tensor]:
-    met = []
+    choices = []
     for part in parts:
-        seen, w = part.push(w)
-        met.append(seen)
-    return met, w
+        chosen, w = part.push(w)
+        choices.append(chosen)
+    return choices, w
 
 
-def _pull(parts: Sequence[_Part], met: list[Any], u: Majorant, reach: Tensor, near: Tensor) -> Majorant:
-    for part, seen in zip(reversed(parts), reversed(met), strict=True):
-        u = part.pull(u, seen, reach, near)
+def _pull(parts: Sequence[_Part], choices: list[Any], u: Majorant, reach: Tensor, near: Tensor) -> Majorant:
+    for part, chosen in zip(reversed(parts), reversed(choices), strict=True):
+        u = part.pull(u, chosen, reach, near)
     return u
 
 
@@ -220,14 +250,14 @@ class Rigid(NamedTuple):
         return self.adjoint(v)
 
     def push(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        return w, self.apply(w)
+        return TILT * w, self.apply(w)
 
-    def pull(self, u: Majorant, met: Tensor, reach: Tensor, near: Tensor) -> Majorant:
+    def pull(self, u: Majorant, chosen: Tensor, reach: Tensor, near: Tensor) -> Majorant:
         """‖δ_dropped‖² ≥ 2⟨w, δ⟩ - ‖w‖² for every w among those entries."""
         v = self.adjoint(u.linear)
         if self.dropped is None:
             return u._replace(linear=v)
-        w = TILT * self.dropped(met)
+        w = self.dropped(chosen)
         linear, constant = v - _column(2 * u.curvature, v) * w, u.constant + u.curvature * _square(w)
         if u.rounding is None:
             return u._replace(linear=linear, constant=constant)
@@ -246,16 +276,16 @@ class Views(NamedTuple):
         return self.join([_back(parts, v / len(self.parts)) for parts in self.parts])
 
     def push(self, w: Tensor) -> tuple[list[list[Any]], Tensor]:
-        met, moved = zip(
+        choices, moved = zip(
             *(_push(parts, view) for parts, view in zip(self.parts, self.split(w), strict=True)), strict=True
         )
-        return list(met), torch.stack(moved).sum(0) / len(self.parts)
+        return list(choices), torch.stack(moved).sum(0) / len(self.parts)
 
-    def pull(self, u: Majorant, met: list[list[Any]], reach: Tensor, near: Tensor) -> Majorant:
+    def pull(self, u: Majorant, chosen: list[list[Any]], reach: Tensor, near: Tensor) -> Majorant:
         share = 1 / len(self.parts)
         rounding = None if u.rounding is None else (u.rounding + sizes(u.linear) * FEW) * share
         part = Majorant(u.linear * share, rounding, u.curvature * share, u.constant * share)
-        pulled = [_pull(parts, seen, part, reach, near) for parts, seen in zip(self.parts, met, strict=True)]
+        pulled = [_pull(parts, each, part, reach, near) for parts, each in zip(self.parts, chosen, strict=True)]
         linear, off, curvature, constant = zip(*pulled, strict=True)
         curvature, constant = (torch.stack(each).sum(0) * SLACK for each in (curvature, constant))
         if rounding is not None:
@@ -301,23 +331,25 @@ class _Bent(NamedTuple):
     def back(self, v: Tensor) -> Tensor:
         return v - self.h * self.transpose(self.apply(v) * torch.where(self.z > 0, 1.0, self.leak))
 
-    def push(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        return w, w - self.h * self.transpose(self._sigma(self.z + self.apply(w)) - self._sigma(self.z))
+    def push(self, w: Tensor) -> tuple[Choice, Tensor]:
+        return Choice(TILT * w), w - self.h * self.transpose(self._sigma(self.z + self.apply(w)) - self._sigma(self.z))
 
-    def pull(self, u: Majorant, met: Tensor, reach: Tensor, near: Tensor) -> Majorant:
+    def pull(self, u: Majorant, chosen: Choice, reach: Tensor, near: Tensor) -> Majorant:
         """The three steps above, each number with what float64 may have got wrong in it."""
         h, exact = self.h, None if u.rounding is None else torch.zeros_like(reach)
-        v, w = _Known(u.linear, exact), _Known(TILT * met, exact)
+        v, w = _Known(u.linear, exact), _Known(chosen.w, exact)
         image = self._forth(w)
 
         # 1: what the flow takes from ‖δ‖²
-        omega = _Known((self._sigma(self.z + image.value) - self._sigma(self.z)).detach(), exact)
+        if chosen.omega is None:
+            chosen.omega = (self._sigma(self.z + image.value) - self._sigma(self.z)).detach()
+        omega = _Known(chosen.omega, exact)
         taken = omega.plus(2.0, -h, self._forth(self._back(omega)))
         coefficient = self._forth(v).plus(-h, -2 * h * u.curvature, taken)
 
         # 2: neurons that change their sign
         bent = coefficient.value * (1 - self.leak)
-        lam, weights, share = self._weights(bent.detach(), reach)
+        lam, weights, share = self._weights(bent.detach(), reach, chosen)
         slope, penalty = _relaxed(bent, self.z, lam)
         kept = (self.leak + (1 - self.leak) * slope) * coefficient.value
         back = self._back(_Known(kept, None if exact is None else 4 * FEW * sizes(coefficient.value)))
@@ -332,6 +364,7 @@ class _Bent(NamedTuple):
             u.constant + h * u.curvature * _inner(omega.value, taken.value) + penalty + _inner(w.value, missed.value)
         )
         curvature = u.curvature + rho
+        chosen.stiffness = (2 * rho.detach(), 2 * h * u.curvature.detach())
         if u.rounding is None:
             return Majorant(linear.value, None, curvature, constant)
         assert coefficient.off is not None and linear.off is not None
@@ -343,25 +376,34 @@ class _Bent(NamedTuple):
         return Majorant(linear.value, rounding * SLACK, curvature * SLACK, constant * SLACK)
 
     @torch.no_grad()
-    def _weights(self, u: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _weights(self, u: Tensor, reach: Tensor, chosen: Choice) -> tuple[Tensor, Tensor, Tensor]:
         """λ (N,), the λ_k (N, ...), and ρ as a share of λS² (N,)."""
         enough = u.clamp_min(0) / (4 * self.z.abs()).clamp_min(torch.finfo(u.dtype).tiny) * SLACK
+        if chosen.lam is not None:
+            return chosen.lam, *self._weighed(enough, chosen.lam, chosen)
         price, share = PRICE * self.square * reach.square(), torch.ones_like(reach)
-        lam = _multiplier(u, self.z, price)
-        weights = torch.minimum(_column(lam, enough), enough)
-        if self.overlaps is None or not enough.any():
-            return lam, weights, share
-        fires = enough.movedim(1, 0).flatten(1).any(1)
-        overlaps, seen = self.overlaps[fires][:, fires], torch.ones_like(enough[:, fires])
-        for again in range(ROUNDS):
-            if again:
-                lam = _multiplier(u, self.z, share * price)
-                weights = torch.minimum(_column(lam, enough), enough)
-            norm, seen = _weighted(overlaps, weights[:, fires], seen)
-            share = torch.minimum(norm / (lam * self.square) * SLACK, torch.ones_like(share))
-            if bool((share == 1).all()):
+        for _ in range(ROUNDS):
+            lam = _multiplier(u, self.z, share * price)
+            weights, share = self._weighed(enough, lam, chosen)
+            if bool((share >= 1).all()):
                 break
-        return lam, weights, share * SLACK
+        chosen.lam = lam
+        return lam, weights, share
+
+    def _weighed(self, enough: Tensor, lam: Tensor, chosen: Choice) -> tuple[Tensor, Tensor]:
+        """The λ_k = min(λ, u_k/4|z_k|), and ρ as a share of λS²."""
+        weights, share = torch.minimum(_column(lam, enough), enough), torch.ones_like(lam)
+        if self.overlaps is None or not weights.any():
+            return weights, share
+        (fires,) = weights.movedim(1, 0).flatten(1).any(1).nonzero(as_tuple=True)
+        overlaps, some = self.overlaps[fires][:, fires], weights[:, fires]
+        seen, rounds = (torch.ones_like(weights), 1 + ROUNDS) if chosen.seen is None else (chosen.seen, 1)
+        q = seen[:, fires].clamp_min(FLOOR)
+        for _ in range(rounds):
+            norm, q = _weighted(overlaps, some, q)
+            share = torch.minimum(share, norm / (lam * self.square) * SLACK)
+        chosen.seen = seen.index_copy(1, fires, q)
+        return weights, share * SLACK
 
     def _sigma(self, t: Tensor) -> Tensor:
         return F.leaky_relu(t, self.leak)
@@ -397,6 +439,7 @@ def _overlaps(linear: nn.Module, remember: bool) -> Tensor | None:
         return None
     key = (content(linear, weight), weight.device) if remember else None
     if key is not None and key in _OVERLAPS:
+        _OVERLAPS.move_to_end(key)
         return _OVERLAPS[key]
     rounding = gamma(weight[0].numel() + 1, UNIT[weight.dtype])
     overlaps = (_correlated(weight).abs() + rounding * _correlated(weight.abs())) * SLACK
@@ -414,19 +457,15 @@ def _correlated(weight: Tensor) -> Tensor:
 
 
 def _weighted(overlaps: Tensor, weights: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """max_k (|AAᵀ|Λq)_k/q_k over the λ_k > 0 (N,), and the q (N, ...) for it, nearer to the Perron vector than the one given."""
-
-    def product(q: Tensor) -> Tensor:
-        t = weights * q
-        if overlaps.ndim == 2:
-            return t @ overlaps.T
-        return _CONVOLVE[overlaps.ndim](t, overlaps, padding=[n // 2 for n in overlaps.shape[2:]]).to(q.dtype)
-
-    for _ in range(ROUNDS):
-        q = product(q)
-        q = q / _column(q.flatten(1).amax(1).clamp_min(torch.finfo(q.dtype).tiny), q) + FLOOR
-    ratios = torch.where(weights > 0, product(q) / q, 0.0)
-    return ratios.flatten(1).amax(1), q
+    """max_k (|AAᵀ|Λq)_k/q_k over the λ_k > 0 (N,), and a q (N, ...) nearer to the Perron vector than the one given."""
+    t = weights * q
+    if overlaps.ndim == 2:
+        product = t @ overlaps.T
+    else:
+        product = _CONVOLVE[overlaps.ndim](t, overlaps, padding=[n // 2 for n in overlaps.shape[2:]]).to(q.dtype)
+    ratios = torch.where(weights > 0, product / q, 0.0).flatten(1).amax(1)
+    largest = product.flatten(1).amax(1).clamp_min(torch.finfo(q.dtype).tiny)
+    return ratios, product / _column(largest, product) + FLOOR
 
 
 def _multiplier(u: Tensor, z: Tensor, price: Tensor) -> Tensor:
@@ -443,12 +482,14 @@ def _multiplier(u: Tensor, z: Tensor, price: Tensor) -> Tensor:
 
 
 def _relaxed(u: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """s, and Σ p (N,)."""
+    """s, and Σ p (N,). At the best t both parabolas are the same, p = max(0, u/2 - 2λ|z|)²/4λ, whose derivative is taken."""
     lam_, away, up = _column(lam, z), z.abs(), u.clamp_min(0)
+    even = (up / 2 - 2 * lam_ * away).clamp_min(0).square()
     with torch.no_grad():
         t = (0.5 - 2 * lam_ * away / up.clamp_min(torch.finfo(u.dtype).tiny)).clamp_min(0) * (up > 0)
-    kept, crossed = (up * t).square(), (up * (1 - t)).square() - 4 * lam_ * up * away
-    return torch.where(z > 0, 1 - t, t), torch.maximum(kept, crossed).flatten(1).sum(1) / (4 * lam)
+        kept, crossed = (up * t).square(), (up * (1 - t)).square() - 4 * lam_ * up * away
+        larger = torch.maximum(kept, crossed) - even
+    return torch.where(z > 0, 1 - t, t), (even + larger).flatten(1).sum(1) / (4 * lam)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nonexpansive.errors import BadInput, Diverging
+from nonexpansive.nn.descent import STEPS
 from nonexpansive.robust.attacks import Found
 from nonexpansive.robust.radius import CertifiedClassifier
 
@@ -44,11 +45,12 @@ def evaluate(
     *,
     batch: int = 256,
     local: bool = False,
+    steps: int = STEPS,
     watch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Certify the images (N, *shape), uint8 or in [0, 1], ``batch`` at a time; ``watch(n)`` is called after every n of them.
 
-    ``local``: as for :meth:`CertifiedClassifier.radii`, of the images that are classified rightly.
+    ``local`` and ``steps``: as for :meth:`CertifiedClassifier.radii`, of the images that are classified rightly.
 
     Raises BadInput for labels that are not the classifier's classes, or images of another shape.
     """
@@ -63,7 +65,7 @@ def evaluate(
         prediction, radius = made.radii(pixels(part), batch)
         right = prediction == true.to(prediction.device)
         if local and bool(right.any()):
-            near = made.radii(pixels(part)[right.to(part.device)], batch, local=True).radius
+            near = made.radii(pixels(part)[right.to(part.device)], batch, local=True, steps=steps).radius
             radius = radius.clone().masked_scatter(right, near)
         predictions.append(prediction.cpu())
         radii.append(radius.cpu())
