@@ -20,7 +20,7 @@ from torch import Tensor
 from nonexpansive.nn.majorant import Choice, Majorant, Trace
 
 STEPS = 6
-"""How many, unless told otherwise: of twice as many each image takes twice as long, and gains a twentieth more."""
+"""How many, unless told otherwise."""
 
 STEP = 0.15
 """Of the step to the minimum of that quadratic, were its Hessian 2ρI or 2hκI; of log λ, per share of its price that it
