@@ -240,7 +240,7 @@ class CertifiedClassifier:
             *([m for m in net.modules() if isinstance(m, GradientFlow)] for net in (features, rough)), strict=True
         )
         same = all(is_torch(b.linear) and a.step()[1] == b.step()[1] for a, b in flows)
-        return rough if same and untraced(rough) is None else features
+        return rough if same and untraced(rough) is None else copy.deepcopy(features)
 
 
 def certify_classifier(
