@@ -161,11 +161,27 @@ def test_descent_finds_larger_radii_which_are_radii_too(name: str) -> None:
     bound = met.majorant(rows, reach, zero, converted(found, torch.float64))
     radius = bound.radius(margin, zero)
     assert bool((radius >= usual * (1 - 1e-4)).all())
-    if name == "channels":  # nothing but the layers that drop channels is to choose there after the first
+    if name == "channels":  # what layers that drop channels may choose is not descended on
         assert float(radius.sum()) > 0.98 * float(usual.sum())
     elif name != "substeps":
         assert float(radius.sum()) > 1.02 * float(usual.sum()), float(radius.sum() / usual.sum())
     assert largest_excess(net, x, rows, bound, 0.4) <= 1e-12
+
+
+@pytest.mark.parametrize("second", [1.0, 0.0, -1e-6, -1e-3])
+def test_no_q_makes_the_norm_of_weighted_neurons_too_small(second: float) -> None:
+    """A negative q_k would take its own ratio out of the maximum."""
+    linear = nn.Linear(2, 2, bias=False).double().requires_grad_(False)
+    linear.weight.copy_(torch.tensor([[1.0, 0.0], [0.9, 0.436]]))
+    one, A = torch.ones(1, dtype=torch.float64), linear.weight
+    overlaps, square = module._overlaps(linear, False), float(torch.linalg.matrix_norm(A, 2)) ** 2
+    layer = module._Bent(
+        lambda t: t @ A.T, lambda s, scale=1.0: s @ A * scale, square, 1.0, 0.0, 0 * A[:1], 0.0, 0.0, one, 0.0, overlaps
+    )
+    chosen = Choice(0 * A[:1], lam=0.05 * one, seen=torch.tensor([[1.0, second]], dtype=torch.float64))
+    lam, weights, share = layer._weights(torch.ones_like(A[:1]), one, chosen)
+    assert torch.allclose(weights, torch.tensor(0.05, dtype=torch.float64))
+    assert bool(share * lam * square >= 0.05 * square * (1 - 1e-13))
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e30, 0.0])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nonexpansive.nn.majorant import Choice, Majorant, Trace
+from nonexpansive.nn.majorant import Choice, Majorant, Trace, column
 
 STEPS = 6
 """How many, unless told otherwise."""
@@ -69,7 +69,7 @@ def descend(met: Trace, rows: Tensor, margin: Tensor, reach: Tensor, steps: int)
             bound = met.majorant(rows, reach, choices=choices)
         lasts = bound.lasts(margin)
         further, radius = lasts > radius, torch.fmax(radius, lasts)
-        best = [_chosen(further, *pair) for pair in zip(now, best, strict=True)]
+        best = [_where(further, *pair) for pair in zip(now, best, strict=True)]
         if step < steps:
             gradients = _gradients(bound, margin, radius.where(radius > 0, reach), now)
             moves = [_move(*each, radius) for each in zip(flows, gradients, moves, strict=True)]
@@ -91,7 +91,7 @@ def _gradients(bound: Majorant, margin: Tensor, radius: Tensor, points: list[_Po
 def _move(flow: Choice, gradient: _Point, last: _Point, radius: Tensor) -> _Point:
     assert flow.stiffness is not None
     tiny = torch.finfo(radius.dtype).tiny
-    stiff, stiffer = (_column(t.clamp_min(tiny), gradient.w) for t in flow.stiffness)
+    stiff, stiffer = (column(t.clamp_min(tiny), gradient.w) for t in flow.stiffness)
     price = (flow.stiffness[0] / 2 * radius.square()).clamp_min(tiny)
     return _Point(
         MOMENTUM * last.w - STEP * gradient.w / stiff,
@@ -100,8 +100,8 @@ def _move(flow: Choice, gradient: _Point, last: _Point, radius: Tensor) -> _Poin
     )
 
 
-def _chosen(first: Tensor, one: _Point, other: _Point) -> _Point:
-    return _Point(*(torch.where(_column(first, a), a, b) for a, b in zip(one, other, strict=True)))
+def _where(first: Tensor, one: _Point, other: _Point) -> _Point:
+    return _Point(*(torch.where(column(first, a), a, b) for a, b in zip(one, other, strict=True)))
 
 
 def _flows(choices: list[Any]) -> Iterator[Choice]:
@@ -110,10 +110,6 @@ def _flows(choices: list[Any]) -> Iterator[Choice]:
             yield chosen
         elif isinstance(chosen, list):
             yield from _flows(chosen)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def converted(choices: list[Any], dtype: torch.dtype) -> list[Any]:

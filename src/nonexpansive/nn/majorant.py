@@ -152,7 +152,7 @@ class Trace(NamedTuple):
     def choices(self, rows: Tensor, reach: Tensor) -> list[Any]:
         """For each part what a bound may choose there, sharp at the attack of size ``reach`` along the gradient."""
         against = _back(self.parts, -rows)
-        return _push(self.parts, against * _column(reach / _square(against).sqrt().clamp_min(NOTHING), against))[0]
+        return _push(self.parts, against * column(reach / _square(against).sqrt().clamp_min(NOTHING), against))[0]
 
 
 Tracer = Callable[[Any, Tensor, bool], Trace]
@@ -258,7 +258,7 @@ class Rigid(NamedTuple):
         if self.dropped is None:
             return u._replace(linear=v)
         w = self.dropped(chosen)
-        linear, constant = v - _column(2 * u.curvature, v) * w, u.constant + u.curvature * _square(w)
+        linear, constant = v - column(2 * u.curvature, v) * w, u.constant + u.curvature * _square(w)
         if u.rounding is None:
             return u._replace(linear=linear, constant=constant)
         off = (sizes(v) + 2 * u.curvature * sizes(w)) * FEW
@@ -392,7 +392,7 @@ class _Bent(NamedTuple):
 
     def _weighed(self, enough: Tensor, lam: Tensor, chosen: Choice) -> tuple[Tensor, Tensor]:
         """The λ_k = min(λ, u_k/4|z_k|), and ρ as a share of λS²."""
-        weights, share = torch.minimum(_column(lam, enough), enough), torch.ones_like(lam)
+        weights, share = torch.minimum(column(lam, enough), enough), torch.ones_like(lam)
         if self.overlaps is None or not weights.any():
             return weights, share
         (fires,) = weights.movedim(1, 0).flatten(1).any(1).nonzero(as_tuple=True)
@@ -465,7 +465,7 @@ def _weighted(overlaps: Tensor, weights: Tensor, q: Tensor) -> tuple[Tensor, Ten
         product = _CONVOLVE[overlaps.ndim](t, overlaps, padding=[n // 2 for n in overlaps.shape[2:]]).to(q.dtype)
     ratios = torch.where(weights > 0, product / q, 0.0).flatten(1).amax(1)
     largest = product.flatten(1).amax(1).clamp_min(torch.finfo(q.dtype).tiny)
-    return ratios, product / _column(largest, product) + FLOOR
+    return ratios, product / column(largest, product) + FLOOR
 
 
 def _multiplier(u: Tensor, z: Tensor, price: Tensor) -> Tensor:
@@ -483,7 +483,7 @@ def _multiplier(u: Tensor, z: Tensor, price: Tensor) -> Tensor:
 
 def _relaxed(u: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """s, and Σ p (N,). At the best t both parabolas are the same, p = max(0, u/2 - 2λ|z|)²/4λ, whose derivative is taken."""
-    lam_, away, up = _column(lam, z), z.abs(), u.clamp_min(0)
+    lam_, away, up = column(lam, z), z.abs(), u.clamp_min(0)
     even = (up / 2 - 2 * lam_ * away).clamp_min(0).square()
     with torch.no_grad():
         t = (0.5 - 2 * lam_ * away / up.clamp_min(torch.finfo(u.dtype).tiny)).clamp_min(0) * (up > 0)
@@ -525,10 +525,11 @@ def _leak(activation: nn.Module) -> float | None:
 
 def _scaled(factor: float | Tensor, a: Tensor) -> Tensor:
     """One number, or one for each sample, times a."""
-    return a * (_column(factor, a) if isinstance(factor, Tensor) else factor)
+    return a * (column(factor, a) if isinstance(factor, Tensor) else factor)
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """One number for each sample (N,), to be multiplied with ``like`` (N, ...)."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
