@@ -357,6 +357,7 @@ _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
     ("GroupSort", lambda: GroupSort(3), (6,), True),
     ("Lifted", lambda: Lifted(GradientFlow(nn.Conv2d(8, 8, 3, padding=1), alpha=0.5), 8, 2), (2, 3, 5), True),
     ("Lifted without unshuffling", lambda: Lifted(GradientFlow(nn.Conv2d(4, 3, 1)), 4), (3, 2, 2), True),
+    ("GradientFlow, summed in chunks", lambda: GradientFlow(nn.Linear(1030, 3)), (1030,), True),
     ("Relaxed below 1", lambda: Relaxed(GradientFlow(nn.Linear(3, 3), alpha=0.8), 0.3), (3,), True),
     ("Relaxed above 1", lambda: Relaxed(GradientFlow(nn.Linear(3, 3), alpha=0.4), 2.0), (3,), True),
     ("Relaxed by nearly 1", lambda: Relaxed(Scale(1e-3), 1 - 1e-9), (3,), True),
@@ -400,6 +401,8 @@ _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
     ("classifier, dense, ordinary", lambda: dense_classifier((1, 3, 3), 3, depth=2, ordinary=True), (1, 3, 3), True),
     ("classifier of flows", lambda: flow_classifier(
         (1, 4, 6), 3, [{"unshuffle": 2, "channels": 8, "kernels": [3]}, {"channels": 6, "neurons": 3, "kernels": [1]}]), (1, 4, 6), True),
+    ("classifier of flows, dense ones last", lambda: flow_classifier(
+        (1, 4, 4), 3, [{"unshuffle": 2, "channels": 6, "kernels": [3]}], dense=[5, 2]), (1, 4, 4), True),
     ("classifier, symmetrised", lambda: flow_classifier(
         (1, 4, 4), 3, [{"channels": 4, "kernels": [3, 3]}], symmetrised=True, shifts=[1]), (1, 4, 4), True),
     ("Sequential, empty", nn.Sequential, (3,), True),

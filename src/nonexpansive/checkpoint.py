@@ -60,6 +60,9 @@ def save(
 ) -> None:
     """Write a model, whole or not at all; its certificate, for a denoiser on a 32x32 sample, is recorded as claimed.
 
+    ``model.half()`` makes a file of half the size. What is loaded from it are the same numbers in float32, and it is of these that
+    the certificate is.
+
     Raises BadInput if ``model`` is not what ``build(architecture, **config)`` makes, if ``training`` has no form in JSON, or if
     the file cannot be written; Refused if the model has no certificate.
     """
@@ -67,8 +70,17 @@ def save(
     shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (model, build(architecture, **config))]
     if shapes[0] != shapes[1]:
         raise BadInput(f"this model is not what the architecture {architecture!r} makes with the settings {config}")
-    header = Header(architecture, config, training, _claim(model))
-    sealed.write(Path(path), FORMAT, model.state_dict(), vars(header))
+    tensors = model.state_dict()
+    header = Header(architecture, config, training, _claim(model.to(_computed_in(tensors))))
+    sealed.write(Path(path), FORMAT, tensors, vars(header))
+
+
+def _computed_in(tensors: dict[str, Tensor]) -> torch.dtype:
+    """The type in which a model of these weights is run: their own, or float32 if that is wider."""
+    types = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(types) != 1:
+        raise BadInput(f"the weights of a model are to be of one floating-point type, not of {len(types)}")
+    return torch.promote_types(types.pop(), torch.float32)
 
 
 def _claim(model: nn.Module) -> dict[str, float | None]:
@@ -96,8 +108,7 @@ def load(name_or_path: str | os.PathLike[str]) -> nn.Module:
     header, tensors = read(path)
     try:
         model = build(header.architecture, **header.config)
-        (dtype,) = {t.dtype for t in tensors.values() if t.is_floating_point()}
-        model.to(dtype).load_state_dict(tensors)
+        model.to(_computed_in(tensors)).load_state_dict(tensors)
         proved = _claim(model.eval())
     except Refused as refusal:
         raise BadCheckpoint(f"{path}: no certificate can be given for these weights ({refusal})") from refusal

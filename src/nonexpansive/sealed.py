@@ -28,7 +28,7 @@ def write(path: Path, format: str, tensors: Mapping[str, Tensor], header: Mappin
         text = json.dumps(header, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BadInput(f"{path}: its header cannot be written as JSON ({error})") from error
-    content = to_bytes(plain, {"format": format, "header": text, "sha256": _digest(plain, text)})
+    content = to_bytes(plain, {"format": format, "header": text, "sha256": digest(plain, text)})
     try:
         with atomic(path) as temporary:
             temporary.write_bytes(content)
@@ -48,7 +48,7 @@ def read(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise BadCheckpoint(f"{path}: damaged, or no safetensors file ({error}); fetch or make it again") from error
     if set(metadata) != {"format", "header", "sha256"} or metadata["format"] != format:
         raise BadCheckpoint(f"{path}: a safetensors file, but not a {format}")
-    if _digest(tensors, metadata["header"]) != metadata["sha256"]:
+    if digest(tensors, metadata["header"]) != metadata["sha256"]:
         raise BadCheckpoint(f"{path}: damaged or changed, its content does not match its digest")
     try:
         header = json.loads(metadata["header"])
@@ -59,9 +59,10 @@ def read(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 of the tensors, on a CPU and contiguous, with their names, types and shapes, and of the text."""
+    hashed = hashlib.sha256(text.encode())
     for name, t in sorted(tensors.items()):
-        digest.update(f"{name}:{t.dtype}:{tuple(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        hashed.update(f"{name}:{t.dtype}:{tuple(t.shape)}".encode())
+        hashed.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()

@@ -597,7 +597,12 @@ def trained(**settings: object) -> tuple[Classifier, Tensor, Tensor]:
 @pytest.mark.parametrize("arithmetic", [None, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(
     "settings",
-    [{"sorting": False}, {"activation": "leaky_relu"}, {"sorting": False, "symmetrised": True, "shifts": [1]}],
+    [
+        {"sorting": False},
+        {"activation": "leaky_relu"},
+        {"sorting": False, "symmetrised": True, "shifts": [1]},
+        {"sorting": False, "dense": [24, 24]},
+    ],
 )
 def test_radii_near_images_are_larger_and_no_attack_succeeds_within_them(
     settings: dict[str, object], arithmetic: torch.dtype | None

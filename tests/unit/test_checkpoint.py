@@ -26,7 +26,7 @@ from nonexpansive.checkpoint import DEFAULTS, FORMAT, path_of, read, save
 from nonexpansive.errors import BadCheckpoint, BadInput, Refused
 from nonexpansive.nn.classifier import Classifier
 from nonexpansive.nn.models import ProximalDenoiser, build
-from nonexpansive.sealed import _digest
+from nonexpansive.sealed import digest
 
 CONFIG: dict[str, Any] = {"channels": 1, "features": 8, "blocks": 2}
 TRAINING = {"steps": 10, "note": "σ = 25/255"}
@@ -68,7 +68,7 @@ def forged(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], obj
     tensors = {name: t.clone() for name, t in tensors.items()}
     change(fields, tensors)
     text = json.dumps(fields, sort_keys=True)
-    return written(path, to_bytes(tensors, {"format": FORMAT, "header": text, "sha256": _digest(tensors, text)}))
+    return written(path, to_bytes(tensors, {"format": FORMAT, "header": text, "sha256": digest(tensors, text)}))
 
 
 def test_a_model_comes_back(tmp_path: Path) -> None:
@@ -91,13 +91,26 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_other_precisions_come_back_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
-    path, model = tmp_path / "model.safetensors", trained().to(dtype)
+def test_other_precisions_come_back_as_the_same_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of 16 bits in float32, which is what is run, and certified: a file of half the size."""
+    path, full, model = tmp_path / "model.safetensors", tmp_path / "full.safetensors", trained().to(dtype)
     save(path, model, "denoiser", CONFIG, {})
+    save(full, model.float(), "denoiser", CONFIG, {})
     loaded = load(path)
-    for name, t in model.state_dict().items():
-        assert loaded.state_dict()[name].dtype == dtype
-        assert torch.equal(loaded.state_dict()[name], t)
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, t in read(path)[1].items():
+        assert t.dtype == dtype
+        assert loaded.state_dict()[name].dtype == wide
+        assert torch.equal(loaded.state_dict()[name], t.to(wide))
+    assert certify(loaded, (1, 9, 8)) == certify(load(full).to(wide), (1, 9, 8))
+    assert loaded(torch.rand(1, 1, 9, 8).to(wide), 0.1).dtype == wide
+
+
+def test_weights_of_several_types_are_not_saved(tmp_path: Path) -> None:
+    model = trained()
+    next(model.parameters()).data = next(model.parameters()).data.double()
+    with pytest.raises(BadInput, match="one floating-point type"):
+        save(tmp_path / "model.safetensors", model, "denoiser", CONFIG, {})
 
 
 def test_a_classifier_comes_back(tmp_path: Path) -> None:
@@ -282,7 +295,7 @@ def test_larger_weights_are_certified_anew(tmp_path: Path, content: bytes) -> No
 def test_a_header_that_is_deeply_nested_is_refused(tmp_path: Path, content: bytes) -> None:
     _, tensors = read(written(tmp_path / "model.safetensors", content))
     text = "[" * 100_000 + "]" * 100_000
-    data = to_bytes(tensors, {"format": FORMAT, "header": text, "sha256": _digest(tensors, text)})
+    data = to_bytes(tensors, {"format": FORMAT, "header": text, "sha256": digest(tensors, text)})
     with pytest.raises(BadCheckpoint, match="header"):
         load(written(tmp_path / "deep.safetensors", data))
 
@@ -290,8 +303,8 @@ def test_a_header_that_is_deeply_nested_is_refused(tmp_path: Path, content: byte
 def test_a_digest_covers_names_types_shapes_and_text() -> None:
     one = {"a": torch.ones(2, 3)}
     digests = {
-        _digest(one, "x"), _digest(one, "y"), _digest({"b": torch.ones(2, 3)}, "x"), _digest({"a": torch.ones(3, 2)}, "x"),
-        _digest({"a": torch.ones(2, 3).int()}, "x"), _digest({"a": torch.zeros(2, 3)}, "x"), _digest({}, "x"),
+        digest(one, "x"), digest(one, "y"), digest({"b": torch.ones(2, 3)}, "x"), digest({"a": torch.ones(3, 2)}, "x"),
+        digest({"a": torch.ones(2, 3).int()}, "x"), digest({"a": torch.zeros(2, 3)}, "x"), digest({}, "x"),
         hashlib.sha256(b"x").hexdigest(),
     }  # fmt: skip
     assert len(digests) == 7  # the last two agree: no tensors, nothing added

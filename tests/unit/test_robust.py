@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import nonexpansive
 from nonexpansive.errors import BadInput, Diverging
 from nonexpansive.nn.classifier import Classifier, flow_classifier
+from nonexpansive.nn.flow import GradientFlow
 from nonexpansive.robust import (
     ATTACKS,
     EPSILONS,
@@ -80,6 +81,19 @@ def attacked(trained: Trained, epsilons: Tensor, attack: object = FAST) -> Found
 def test_stages_that_cannot_be_built_are_refused(stage: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         flow_classifier((1, 8, 8), 3, [stage])
+
+
+def test_dense_flows_follow_the_last_stage() -> None:
+    """Each with its own number of neurons, on all that the last stage gives; none, and the network is the one without."""
+    stage: dict[str, object] = {"unshuffle": 2, "channels": 8, "kernels": [3]}
+    model = flow_classifier((1, 8, 8), 3, [stage], sorting=False, dense=[6, 4])
+    linears = [flow.linear for flow in model.modules() if isinstance(flow, GradientFlow)]
+    assert [tuple(linear.weight.shape) for linear in linears] == [(8, 8, 3, 3), (6, 128), (4, 128)]
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 3)
+    shapes = [p.shape for p in flow_classifier((1, 8, 8), 3, [stage], sorting=False).parameters()]
+    assert shapes == [p.shape for p in flow_classifier((1, 8, 8), 3, [stage], sorting=False, dense=[]).parameters()]
+    with pytest.raises(BadInput, match="at least 1 neuron"):
+        flow_classifier((1, 8, 8), 3, [stage], dense=[6, 0])
 
 
 def test_it_learned_and_is_certified(digits: Trained) -> None:

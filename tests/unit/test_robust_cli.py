@@ -18,6 +18,7 @@ pytest.importorskip("sklearn", reason="needs the extra nonexpansive[train]")
 from typer.testing import CliRunner
 
 from nonexpansive import checkpoint
+from nonexpansive.app import robust
 from nonexpansive.app.cli import app
 from nonexpansive.app.images import read_image, write_image
 from nonexpansive.app.robust import fitted
@@ -76,7 +77,46 @@ def test_certified_accuracy_on_images(near: list[str], weights: Path, tmp_path: 
         and ("near the image" in text) == ("near the image" in result["statement"]) == local
     )
     assert result["arithmetic"] == "float64"
-    assert {file.name for file in (tmp_path / "r").iterdir()} == {"report.md", "curves.png", "result.json"}
+    noted = {"radii-0.safetensors"} if local else set()
+    assert {file.name for file in (tmp_path / "r").iterdir()} == {"report.md", "curves.png", "result.json"} | noted
+
+
+def test_a_killed_certification_goes_on_from_what_it_noted(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first of two batches; of other settings, or from a damaged file, everything is done again."""
+    work, near = robust.evaluate, list[int]()
+
+    def counted(made: object, images: Tensor, labels: Tensor, **settings: object) -> object:
+        if settings.get("local"):
+            near.append(len(images))
+            if len(near) == 2:
+                raise KeyboardInterrupt
+        return work(made, images, labels, **settings)  # type: ignore[arg-type]
+
+    def certify(steps: int, name: str) -> dict[str, object]:
+        near.append(-1)
+        options = ("--limit", 50, "--local-bounds", "--steps", steps, "--report", tmp_path / name)
+        run("certify", weights, "--data", tmp_path, *options)
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    monkeypatch.setattr(robust, "evaluate", counted)
+    options = ("--limit", "50", "--local-bounds", "--steps", "1", "--report", str(tmp_path / "r"))
+    killed = CliRunner().invoke(app, ["certify", str(weights), "--data", str(tmp_path), *options])
+    assert killed.exit_code != 0 and near == [32, 18] and not (tmp_path / "r" / "result.json").exists()
+    resumed, whole, other = certify(1, "r"), certify(1, "new"), certify(0, "r")
+    assert near == [32, 18, -1, 18, -1, 32, 18, -1, 32, 18]
+    assert resumed == whole and other["statement"] != whole["statement"]
+    file = tmp_path / "r" / "radii-0.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert certify(0, "r") == other and near[-3:] == [-1, 32, 18]
+
+
+def test_a_report_goes_into_a_folder(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["certify", str(weights), "--data", str(tmp_path), "--report", str(tmp_path / "file")]
+    with pytest.raises(BadInput, match="this folder cannot be made"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
 def test_under_attack_it_is_at_least_the_certified_accuracy(weights: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from nonexpansive import checkpoint
+import nonexpansive
+from nonexpansive import checkpoint, sealed
 from nonexpansive.app.images import read_image
 from nonexpansive.app.output import check_writable, write_json
 from nonexpansive.atomic import atomic
@@ -33,6 +34,12 @@ from nonexpansive.robust.attacks import ATTACKS
 from nonexpansive.robust.curves import STANDARD
 from nonexpansive.robust.evaluate import Evaluation, pixels
 from nonexpansive.robust.radius import CertifiedClassifier
+
+RADII = "nonexpansive radii 1"
+"""The format of what is noted in between."""
+
+NEAR = 32
+"""Images at a time, near which margins are bounded."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -81,7 +88,11 @@ def certify_model(
     steps: Steps = None,
     limit: Annotated[int, typer.Option(min=0, help="Only the first so many test images; 0: all.")] = 0,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write report.md, curves.png and result.json there.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write report.md, curves.png and result.json there. A killed run with --local-bounds goes on from what it left there.",
+        ),
     ] = None,
     json_file: Json = None,
 ) -> None:
@@ -107,10 +118,15 @@ def certify_model(
     statement = _statement(made, near)
     if not _rank():
         out.print(statement, markup=False)
+    if report is not None:
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--report {report}: this folder cannot be made ({error.strerror})") from error
     evaluation = _evaluated(made, images, None)
     kinds = {"certified": Curve.of("certified", evaluation.certified)}
     if near is not None:
-        closer = Curve.of("certified", _evaluated(made, images, near).certified)
+        closer = Curve.of("certified", _evaluated(made, images, near, report).certified)
         kinds = {"certified near each image": closer, "by the Lipschitz constant": kinds["certified"]}
     if _rank():
         return
@@ -138,7 +154,6 @@ def certify_model(
     if report is not None:
         from nonexpansive.app.curves import accuracies
 
-        report.mkdir(parents=True, exist_ok=True)
         accuracies(
             report / "curves.png",
             {model: kinds},
@@ -344,18 +359,47 @@ def _descent(local: bool, steps: int | None) -> int | None:
     return (STEPS if steps is None else steps) if local else None
 
 
-def _evaluated(made: CertifiedClassifier, images: Any, steps: int | None) -> Evaluation:
+def _evaluated(made: CertifiedClassifier, images: Any, steps: int | None, kept: Path | None = None) -> Evaluation:
+    """The images certified, with ``steps`` of descent near each (None: by the Lipschitz constant). In the folder ``kept`` each process
+    notes what it has found near images after every batch, and begins with what is there of the same model, images and settings."""
     if steps is not None and made.only_global is not None:
         raise BadInput(f"--local-bounds: no bound near an image is known through {made.only_global}, leave it out")
 
     def certified(own: Any, tick: Callable[[int], None]) -> tuple[Tensor, ...]:
         if steps is None:
             evaluation = evaluate(made, own.images, own.labels, watch=tick)
-        else:
-            evaluation = evaluate(made, own.images, own.labels, batch=32, local=True, steps=steps, watch=tick)
-        return evaluation.label, evaluation.prediction, evaluation.radius
+            return evaluation.label, evaluation.prediction, evaluation.radius
+        path = None if kept is None else kept / f"radii-{_rank()}.safetensors"
+        asked = _asked(made, own, steps) if path is not None else ""
+        found = {"prediction": own.labels[:0], "radius": torch.zeros(0, dtype=torch.float64)}
+        if path is not None:
+            found = _noted(path, asked) or found
+            tick(len(found["radius"]))
+        for first in range(len(found["radius"]), len(own), NEAR):
+            x, y = own.images[first : first + NEAR], own.labels[first : first + NEAR]
+            part = evaluate(made, x, y, local=True, steps=steps, watch=tick)
+            found = {name: torch.cat([values, getattr(part, name)]) for name, values in found.items()}
+            if path is not None:
+                sealed.write(path, RADII, found, {"asked": asked})
+        return own.labels, found["prediction"], found["radius"]
 
     return Evaluation(*_shared("certifying", images, certified))
+
+
+def _asked(made: CertifiedClassifier, images: Any, steps: int) -> str:
+    """A digest of all that decides what is found."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in made.model.state_dict().items()}
+    shown = {"images": images.images.contiguous(), "labels": images.labels.contiguous()}
+    return sealed.digest(tensors | shown, f"{nonexpansive.__version__} {made.arithmetic} {steps}")
+
+
+def _noted(path: Path, asked: str) -> dict[str, Tensor] | None:
+    """What the file holds of the images that are asked for; None where it is of others, damaged, or is not."""
+    with suppress(BadInput):
+        tensors, header = sealed.read(path, RADII)
+        if header.get("asked") == asked:
+            return tensors
+    return None
 
 
 def _statement(made: CertifiedClassifier, steps: int | None) -> str:

@@ -55,7 +55,8 @@ class Affine:
 class LinearMap:
     """x ↦ Ax + b with ‖A‖ ≤ ``norm``, ‖|A|‖ ≤ ``absolute``, ``terms`` products an entry, ``entries`` outputs, ‖b‖ ≤ ``bias``.
 
-    For samples that are seen also the map itself, ``apply``, and ``sizes``: |x| ↦ |A||x| + |b|.
+    For samples that are seen also the map itself, ``apply``, and ``sizes``: |x| ↦ |A||x| + |b|. ``chain``: the most additions, one after
+    the other, that a product goes through (None: any order, as many as there are products).
     """
 
     norm: float
@@ -65,12 +66,13 @@ class LinearMap:
     bias: float = 0.0
     apply: Callable[[Tensor], Tensor] | None = None
     sizes: Callable[[Tensor], Tensor] | None = None
+    chain: int | None = None
 
     def rounding(self, unit: float) -> float:
-        """γ with |fl - exact| ≤ γ(|A||x| + |b|) for sums in any order, with or without fused multiply-add, where A may have been
-        multiplied by a number before. Raises Refused where there is none."""
+        """γ with |fl - exact| ≤ γ(|A||x| + |b|) for sums in any order (of that chain), with or without fused multiply-add, where A may
+        have been multiplied by a number before. Raises Refused where there is none."""
         try:
-            return gamma(self.terms + 2, unit)
+            return gamma((self.terms if self.chain is None else self.chain) + 2, unit)
         except ValueError as why:
             raise Refused(f"no bound on the rounding of a linear layer: {why}. Ask for exact arithmetic") from why
 

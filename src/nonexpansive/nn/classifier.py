@@ -252,20 +252,26 @@ def flow_classifier(
     activation: str = "relu",
     control: str = "maximal",
     sorting: bool = True,
+    dense: Sequence[int] = (),
     symmetrised: bool = False,
     shifts: Sequence[int] = (),
 ) -> Classifier:
-    """A 1-Lipschitz classifier: in each stage pixel-unshuffle, set the number of channels, then flows.
+    """A 1-Lipschitz classifier: in each stage pixel-unshuffle, set the number of channels, then flows; dense flows after the last.
 
     A stage is a table of ``unshuffle`` (the factor; 1 if left out), ``channels``, ``kernels``, the odd kernel size of each flow's
     convolution A, and ``neurons``, the number of channels of Ax (``channels`` if left out); ``sorting``, MaxMin follows each flow.
-    What the last stage gives is flattened, and the rows of the last layer are kept at norm 1. ``mean`` of each channel is subtracted
-    first (1/2 unless given). ``symmetrised``, the features are in evaluation mode the mean over the picture and its mirror
-    image, and over those moved by ``shifts`` pixels.
+    What the last stage gives is flattened; ``dense`` has the number of neurons of each flow that follows, whose A is a matrix. The
+    rows of the last layer are kept at norm 1. ``mean`` of each channel is subtracted first (1/2 unless given). ``symmetrised``, the
+    features are in evaluation mode the mean over the picture and its mirror image, and over those moved by ``shifts`` pixels.
     """
     shape = tuple(shape)
     if len(shape) != 3 or min(shape) < 1:
         raise BadInput(f"shape must be (channels, height, width) of one image, not {shape}")
+
+    def flow(linear: nn.Conv2d | nn.Linear) -> list[nn.Module]:
+        orthogonal_(linear)
+        return [GradientFlow(linear, activation, control=control), *([MaxMin()] if sorting else [])]
+
     layers: list[nn.Module] = [Centre(mean if mean is not None else [0.5] * shape[0])]
     channels, height, width = shape
     for stage in stages:
@@ -291,16 +297,20 @@ def flow_classifier(
         if neurons < 1:
             raise BadInput(f"neurons must be at least 1, not {neurons}")
         for kernel in kernels:
-            linear = nn.Conv2d(channels, neurons, kernel, padding=kernel // 2)
-            orthogonal_(linear)
-            layers += [GradientFlow(linear, activation, control=control), *([MaxMin()] if sorting else [])]
+            layers += flow(nn.Conv2d(channels, neurons, kernel, padding=kernel // 2))
+    layers.append(nn.Flatten())
+    size = channels * height * width
+    if any(neurons < 1 for neurons in dense):
+        raise BadInput(f"dense flows have at least 1 neuron each, not {list(dense)}")
+    for neurons in dense:
+        layers += flow(nn.Linear(size, neurons))
     names = _names(classes)
-    features = nn.Sequential(*layers, nn.Flatten())
+    features = nn.Sequential(*layers)
     if shifts and not symmetrised:
         raise BadInput("shifts are views of symmetrised features: set symmetrised as well")
     if symmetrised:  # centred first, so that what a shift brings in is no black border
         features = nn.Sequential(layers[0], Symmetrised(features[1:], shifts))
-    return Classifier(features, unit_head(channels * height * width, len(names)), shape, names)
+    return Classifier(features, unit_head(size, len(names)), shape, names)
 
 
 def paper_classifier(

@@ -75,7 +75,7 @@ def descend(met: Trace, rows: Tensor, margin: Tensor, reach: Tensor, steps: int)
             moves = [_move(*each, radius) for each in zip(flows, gradients, moves, strict=True)]
             now = [point.moved(move) for point, move in zip(now, moves, strict=True)]
     for flow, point in zip(flows, best, strict=True):
-        flow.w, flow.omega, flow.lam, flow.seen = point.w, point.omega, point.log.exp(), None
+        flow.w, flow.omega, flow.lam = point.w, point.omega, point.log.exp()
     return choices
 
 

@@ -37,7 +37,16 @@ from nonexpansive.math.tableau import ButcherTableau, tableau
 from nonexpansive.nn.control import NormControl, sound_norm
 from nonexpansive.nn.control import control as find_control
 from nonexpansive.nn.implicit import REFERENCE, Resolvent
-from nonexpansive.nn.linear import Pullback, affine, homogeneous, is_torch, is_written_out, offset_norm, probe_shape
+from nonexpansive.nn.linear import (
+    Pullback,
+    affine,
+    chain_length,
+    homogeneous,
+    is_torch,
+    is_written_out,
+    offset_norm,
+    probe_shape,
+)
 from nonexpansive.nn.linear import absolute as absolute_affine
 from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
 from nonexpansive.nn.resize import Lifted
@@ -361,7 +370,7 @@ def linear_maps(linear: nn.Module, shape: Shape, norm: float, rounds: bool = Tru
     return (
         LinearMap(
             norm, absolute, forward, entries(middle), offset_norm(linear, shape, middle),
-            applied(0, affine), applied(1, absolute_affine),
+            applied(0, affine), applied(1, absolute_affine), chain_length(linear),
         ),
         LinearMap(
             norm, absolute, adjoint, entries(shape), 0.0, lambda s: pullbacks[0](s), lambda s: pullbacks[1](s)

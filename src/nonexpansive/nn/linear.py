@@ -3,6 +3,9 @@
 ``affine(linear, x)`` gives t = Ax + b and the pullback s ↦ Aᵀs. For ``nn.Linear`` and zero-padded convolutions the adjoint is
 written out (a transposed convolution); for every other layer it is the vector-Jacobian product of the layer's own forward,
 hence right for each padding mode, parametrization, and module of the user's.
+
+A product with a matrix of many columns is summed in chunks, and then over the chunks: what can be proved of the rounding of a sum grows
+with the length of its longest chain of additions (Higham 2002, §4.2): 272 for 4,096 columns.
 """
 
 from __future__ import annotations
@@ -23,6 +26,13 @@ from nonexpansive.math.rules import bias_norm
 Pullback = Callable[..., Tensor]
 
 _ADJOINT = {nn.Conv1d: F.conv_transpose1d, nn.Conv2d: F.conv_transpose2d, nn.Conv3d: F.conv_transpose3d}
+
+
+CHUNK = 256
+"""The longest chunk."""
+
+MANY = 1024
+"""From so many columns on a product is summed in chunks."""
 
 
 def affine(linear: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -68,7 +78,7 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
     if weight is None:
         forward = linear
     elif kind is nn.Linear:
-        return F.linear(x, weight, bias), lambda s, scale=1.0: s @ _scaled(weight, scale)
+        return _product(x, weight, bias), lambda s, scale=1.0: s @ _scaled(weight, scale)
     else:
         if is_written_out(linear):
             t = linear._conv_forward(x, weight, bias)
@@ -85,6 +95,30 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
 
     t, vjp = torch.func.vjp(forward, x)  # type: ignore[misc]
     return t, lambda s, scale=1.0: vjp(s * scale if isinstance(scale, Tensor) or scale != 1 else s)[0]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """xWᵀ + b."""
+    if (chunk := _chunk(weight.shape[1])) == weight.shape[1]:
+        return F.linear(x, weight, bias)
+    return sum(map(F.linear, x.split(chunk, -1), weight.split(chunk, 1)), 0.0 if bias is None else bias)  # type: ignore[return-value]
+
+
+def _chunk(columns: int) -> int:
+    """The largest divisor up to CHUNK; all columns, where they are few or would make more chunks than a chunk has."""
+    if columns < MANY:
+        return columns
+    chunk = max(n for n in range(1, CHUNK + 1) if columns % n == 0)
+    return chunk if chunk * chunk >= columns else columns
+
+
+def chain_length(linear: Any) -> int | None:
+    """The most additions, one after the other, that a summand of an entry of ``affine``'s Ax goes through, where it is summed in chunks;
+    None where nothing is known but the number of summands."""
+    if parametrize.type_before_parametrizations(linear) is not nn.Linear:
+        return None
+    columns, chunk = linear.in_features, _chunk(linear.in_features)
+    return None if chunk == columns else chunk + columns // chunk
 
 
 def _scaled(weight: Tensor, scale: float | Tensor) -> Tensor:
