@@ -2,7 +2,8 @@
 
 CONFIG is a shipped config or a file (classifier-cifar10 unless given). In turns, so that other load on the machine falls on both sides:
 a whole training step as the config says (batch, forward, backward, norm control, optimiser), and for each flow a conv2d and a
-conv_transpose2d of the same shapes, type and layout, forward and backward, with nothing between them. Both do the same multiplications,
+conv_transpose2d (for a dense one products with the matrix and its transpose) of the same shapes, type and layout, forward and backward,
+with nothing between them. Both do the same multiplications,
 so the ratio of the times is the share of the convolutions' floating-point rate that training reaches. Printed too: the share of a
 step that the images (drawing, augmentation) and the optimiser take. With one thread the clock is the process's own CPU time.
 """
@@ -10,6 +11,7 @@ step that the images (drawing, augmentation) and the optimiser take. With one th
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -52,20 +54,23 @@ def shapes(model: nn.Module, x: Tensor) -> list[tuple[GradientFlow, torch.Size]]
     return found
 
 
-def bare(linear: nn.Conv2d, shape: torch.Size, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+def bare(linear: nn.Conv2d | nn.Linear, shape: torch.Size, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
     """conv2d and conv_transpose2d forward and backward, and the floating-point operations that takes."""
-    layout: Any = {"memory_format": torch.channels_last}
+    layout: Any = {"memory_format": torch.channels_last if len(shape) == 4 else torch.contiguous_format}
     x = torch.randn(shape).to(dtype=dtype, **layout).requires_grad_()
     weight = linear.weight.detach().to(dtype=dtype, **layout).requires_grad_()
-    padding = linear.padding
     upstream = torch.randn_like(x)
 
     def run() -> None:
         x.grad = weight.grad = None
-        y = F.conv2d(x, weight, padding=padding)  # type: ignore[arg-type]
-        F.conv_transpose2d(y, weight, padding=padding).backward(upstream)  # type: ignore[arg-type]
+        if isinstance(linear, nn.Linear):
+            out = F.linear(x, weight) @ weight
+        else:
+            y = F.conv2d(x, weight, padding=linear.padding)  # type: ignore[arg-type]
+            out = F.conv_transpose2d(y, weight, padding=linear.padding)  # type: ignore[arg-type]
+        out.backward(upstream)
 
-    return run, 3 * 2 * 2 * weight.numel() * shape[0] * shape[2] * shape[3]
+    return run, 3 * 2 * 2 * weight.numel() * shape[0] * math.prod(shape[2:])
 
 
 def main() -> None:

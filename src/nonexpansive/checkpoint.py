@@ -60,8 +60,8 @@ def save(
 ) -> None:
     """Write a model, whole or not at all; its certificate, for a denoiser on a 32x32 sample, is recorded as claimed.
 
-    ``model.half()`` makes a file of half the size. What is loaded from it are the same numbers in float32, and it is of these that
-    the certificate is.
+    A copy of the model in float16, ``copy.deepcopy(model).half()``, makes a file of half the size. What is loaded from it are the same
+    numbers in float32, and it is of these that the certificate is.
 
     Raises BadInput if ``model`` is not what ``build(architecture, **config)`` makes, if ``training`` has no form in JSON, or if
     the file cannot be written; Refused if the model has no certificate.
@@ -78,8 +78,8 @@ def save(
 def _computed_in(tensors: dict[str, Tensor]) -> torch.dtype:
     """The type in which a model of these weights is run: their own, or float32 if that is wider."""
     types = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if len(types) != 1:
-        raise BadInput(f"the weights of a model are to be of one floating-point type, not of {len(types)}")
+    if len(types) != 1 or not types <= {torch.float64, torch.float32, torch.float16, torch.bfloat16}:
+        raise BadInput(f"the weights of a model are to be of one type of 16 to 64 bits, not {sorted(map(str, types))}")
     return torch.promote_types(types.pop(), torch.float32)
 
 

@@ -108,34 +108,36 @@ def outcome(network: nn.Module, x: Tensor, *level: float) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in network.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize(("columns", "chunk"), [(1023, 1023), (1024, 256), (1030, 206), (1031, 1031), (4096, 256)])
-def test_products_with_many_columns_are_summed_in_chunks(
-    columns: int, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No summand goes through more additions than ``chain_length`` says, since each product is of so many columns at most."""
-    linear, x, met = nn.Linear(columns, 3).double(), torch.rand(2, columns, dtype=torch.float64), list[int]()
-    expected, product = linear(x), torch.nn.functional.linear
-
-    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        met.append(weight.shape[1])
-        return product(x, weight, bias)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+@pytest.mark.parametrize(
+    ("columns", "chain"), [(1023, None), (1024, 256 + 4), (1030, 206 + 5), (1031, None), (4096, 256 + 16)]
+)
+def test_products_with_many_columns_are_summed_in_chunks(columns: int, chain: int | None) -> None:
+    linear, x = nn.Linear(columns, 3).double().eval(), torch.rand(2, columns, dtype=torch.float64)
     t, pullback = affine(linear, x)
-    torch.testing.assert_close(t, expected)
+    torch.testing.assert_close(t, linear(x))
     torch.testing.assert_close(pullback(t), t @ linear.weight)
     torch.testing.assert_close(homogeneous(linear, x)[0], x @ linear.weight.T)
-    assert set(met) == {chunk} and len(met) == 2 * (columns // chunk)
-    assert chain_length(linear) == (None if chunk == columns else chunk + columns // chunk)
+    torch.testing.assert_close(affine(linear, x[0])[0], linear(x[0]))
+    assert chain_length(linear) == chain
+    assert chain_length(linear.train()) is None  # where it is one product, which is quicker
+    assert torch.equal(affine(linear, x)[0], linear(x))
 
 
-def test_a_sum_in_chunks_keeps_what_one_sum_rounds_away() -> None:
-    """2²⁴ and 3,840 ones: each chunk is exact in float32, and so is the sum of the chunks."""
-    linear, x = nn.Linear(4096, 1, bias=False), torch.ones(1, 4096)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_sum_in_chunks_keeps_what_one_sum_may_round_away(compiled: bool) -> None:
+    """2²⁴ and 3,840 ones: each chunk is exact in float32, and so is the sum of the chunks. One sum may stay at 2²⁴ for long."""
+    linear, x = nn.Linear(4096, 64).eval(), torch.ones(3, 4096)
     nn.init.ones_(linear.weight)
-    x[0, :256] = 0
-    x[0, 0] = 2.0**24
-    assert float(affine(linear, x)[0].detach()) == 2**24 + 3840
+    nn.init.zeros_(linear.bias)
+    x[:, :256] = 0
+    x[:, 0] = 2.0**24
+
+    def product(x: Tensor) -> Tensor:
+        return affine(linear, x)[0]
+
+    with torch.no_grad():
+        t = (torch.compile(product, backend="aot_eager") if compiled else product)(x)
+    assert bool((t == 2**24 + 3840).all())
 
 
 @pytest.mark.parametrize("control", CONTROLS)

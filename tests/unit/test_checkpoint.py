@@ -109,7 +109,7 @@ def test_other_precisions_come_back_as_the_same_numbers(tmp_path: Path, dtype: t
 def test_weights_of_several_types_are_not_saved(tmp_path: Path) -> None:
     model = trained()
     next(model.parameters()).data = next(model.parameters()).data.double()
-    with pytest.raises(BadInput, match="one floating-point type"):
+    with pytest.raises(BadInput, match="of one type"):
         save(tmp_path / "model.safetensors", model, "denoiser", CONFIG, {})
 
 

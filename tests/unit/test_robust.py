@@ -92,8 +92,11 @@ def test_dense_flows_follow_the_last_stage() -> None:
     assert model(torch.rand(2, 1, 8, 8)).shape == (2, 3)
     shapes = [p.shape for p in flow_classifier((1, 8, 8), 3, [stage], sorting=False).parameters()]
     assert shapes == [p.shape for p in flow_classifier((1, 8, 8), 3, [stage], sorting=False, dense=[]).parameters()]
-    with pytest.raises(BadInput, match="at least 1 neuron"):
-        flow_classifier((1, 8, 8), 3, [stage], dense=[6, 0])
+    for wrong in ([6, 0], [2.5], [True], "ab", 5, [-1], [float("nan")]):
+        with pytest.raises(BadInput, match="how many neurons"):
+            flow_classifier((1, 8, 8), 3, [stage], dense=wrong)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="cannot pair"):
+        flow_classifier((1, 5, 5), 3, [], dense=[4])
 
 
 def test_it_learned_and_is_certified(digits: Trained) -> None:

@@ -361,36 +361,44 @@ def _descent(local: bool, steps: int | None) -> int | None:
 
 def _evaluated(made: CertifiedClassifier, images: Any, steps: int | None, kept: Path | None = None) -> Evaluation:
     """The images certified, with ``steps`` of descent near each (None: by the Lipschitz constant). In the folder ``kept`` each process
-    notes what it has found near images after every batch, and begins with what is there of the same model, images and settings."""
+    notes what it has found near images after every batch, and begins with what is there of the same model, images and settings. Once
+    all is found that is gone."""
     if steps is not None and made.only_global is not None:
         raise BadInput(f"--local-bounds: no bound near an image is known through {made.only_global}, leave it out")
+
+    notes: list[Path] = []
 
     def certified(own: Any, tick: Callable[[int], None]) -> tuple[Tensor, ...]:
         if steps is None:
             evaluation = evaluate(made, own.images, own.labels, watch=tick)
             return evaluation.label, evaluation.prediction, evaluation.radius
-        path = None if kept is None else kept / f"radii-{_rank()}.safetensors"
-        asked = _asked(made, own, steps) if path is not None else ""
         found = {"prediction": own.labels[:0], "radius": torch.zeros(0, dtype=torch.float64)}
-        if path is not None:
+        if kept is not None:
+            asked = _asked(made, own, steps)
+            notes.append(path := kept / f"radii-{asked[:16]}.safetensors")
             found = _noted(path, asked) or found
             tick(len(found["radius"]))
         for first in range(len(found["radius"]), len(own), NEAR):
             x, y = own.images[first : first + NEAR], own.labels[first : first + NEAR]
             part = evaluate(made, x, y, local=True, steps=steps, watch=tick)
             found = {name: torch.cat([values, getattr(part, name)]) for name, values in found.items()}
-            if path is not None:
+            if kept is not None:
                 sealed.write(path, RADII, found, {"asked": asked})
         return own.labels, found["prediction"], found["radius"]
 
-    return Evaluation(*_shared("certifying", images, certified))
+    evaluation = Evaluation(*_shared("certifying", images, certified))
+    for path in notes:
+        path.unlink(missing_ok=True)
+    return evaluation
 
 
 def _asked(made: CertifiedClassifier, images: Any, steps: int) -> str:
-    """A digest of all that decides what is found."""
+    """A digest of all that decides what is found: the network, its certificate, the images of this process."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in made.model.state_dict().items()}
     shown = {"images": images.images.contiguous(), "labels": images.labels.contiguous()}
-    return sealed.digest(tensors | shown, f"{nonexpansive.__version__} {made.arithmetic} {steps}")
+    return sealed.digest(
+        tensors | shown, f"{nonexpansive.__version__} {made.arithmetic} {steps} {made.model} {made.certificate}"
+    )
 
 
 def _noted(path: Path, asked: str) -> dict[str, Tensor] | None:

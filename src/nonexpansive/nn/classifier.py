@@ -300,8 +300,12 @@ def flow_classifier(
             layers += flow(nn.Conv2d(channels, neurons, kernel, padding=kernel // 2))
     layers.append(nn.Flatten())
     size = channels * height * width
-    if any(neurons < 1 for neurons in dense):
-        raise BadInput(f"dense flows have at least 1 neuron each, not {list(dense)}")
+    if not isinstance(dense, Sequence) or any(type(neurons) is not int or neurons < 1 for neurons in dense):
+        raise BadInput(f"dense is a list of how many neurons each dense flow has, at least 1; not {dense!r}")
+    if sorting and dense and size % 2:
+        raise BadInput(
+            f"dense flows of {size} numbers, which is odd, so that MaxMin cannot pair them: set sorting = false"
+        )
     for neurons in dense:
         layers += flow(nn.Linear(size, neurons))
     names = _names(classes)

@@ -4,8 +4,8 @@
 written out (a transposed convolution); for every other layer it is the vector-Jacobian product of the layer's own forward,
 hence right for each padding mode, parametrization, and module of the user's.
 
-A product with a matrix of many columns is summed in chunks, and then over the chunks: what can be proved of the rounding of a sum grows
-with the length of its longest chain of additions (Higham 2002, §4.2): 272 for 4,096 columns.
+In evaluation mode a product with a matrix of many columns is summed in chunks, and then over the chunks: what can be proved of the
+rounding of a sum grows with the length of its longest chain of additions (Higham 2002, §4.2): 272 for 4,096 columns.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
     if weight is None:
         forward = linear
     elif kind is nn.Linear:
-        return _product(x, weight, bias), lambda s, scale=1.0: s @ _scaled(weight, scale)
+        return _product(
+            x, weight, bias, _chunk(weight.shape[1], linear.training)
+        ), lambda s, scale=1.0: s @ _scaled(weight, scale)
     else:
         if is_written_out(linear):
             t = linear._conv_forward(x, weight, bias)
@@ -97,16 +99,18 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
     return t, lambda s, scale=1.0: vjp(s * scale if isinstance(scale, Tensor) or scale != 1 else s)[0]
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """xWᵀ + b."""
-    if (chunk := _chunk(weight.shape[1])) == weight.shape[1]:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Tensor:
+    """xWᵀ + b, summed in chunks of so many columns. They are kept apart until the last sum, or a compiler would join them again."""
+    if chunk == weight.shape[1]:
         return F.linear(x, weight, bias)
-    return sum(map(F.linear, x.split(chunk, -1), weight.split(chunk, 1)), 0.0 if bias is None else bias)  # type: ignore[return-value]
+    t = torch.einsum("...kc,mkc->k...m", x.unflatten(-1, (-1, chunk)), weight.unflatten(1, (-1, chunk))).sum(0)
+    return t if bias is None else t + bias
 
 
-def _chunk(columns: int) -> int:
-    """The largest divisor up to CHUNK; all columns, where they are few or would make more chunks than a chunk has."""
-    if columns < MANY:
+def _chunk(columns: int, training: bool) -> int:
+    """The largest divisor of the columns up to CHUNK; all of them, where they are few or would make more chunks than a chunk has, and in
+    training mode, which is quicker so."""
+    if columns < MANY or training:
         return columns
     chunk = max(n for n in range(1, CHUNK + 1) if columns % n == 0)
     return chunk if chunk * chunk >= columns else columns
@@ -114,10 +118,11 @@ def _chunk(columns: int) -> int:
 
 def chain_length(linear: Any) -> int | None:
     """The most additions, one after the other, that a summand of an entry of ``affine``'s Ax goes through, where it is summed in chunks;
-    None where nothing is known but the number of summands."""
+    None where nothing is known but the number of summands. Of the mode, training or evaluation, in which the layer is."""
     if parametrize.type_before_parametrizations(linear) is not nn.Linear:
         return None
-    columns, chunk = linear.in_features, _chunk(linear.in_features)
+    columns = linear.weight.shape[1]
+    chunk = _chunk(columns, linear.training)
     return None if chunk == columns else chunk + columns // chunk
 
 

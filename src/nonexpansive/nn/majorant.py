@@ -398,7 +398,7 @@ class _Bent(NamedTuple):
         (fires,) = weights.movedim(1, 0).flatten(1).any(1).nonzero(as_tuple=True)
         overlaps, some = self.overlaps[fires][:, fires], weights[:, fires]
         seen, rounds = (torch.ones_like(weights), 1 + ROUNDS) if chosen.seen is None else (chosen.seen, 1)
-        q = seen[:, fires].clamp_min(FLOOR)
+        q = seen[:, fires].nan_to_num(1.0).clamp_min(FLOOR)
         for _ in range(rounds):
             norm, q = _weighted(overlaps, some, q)
             share = torch.minimum(share, norm / (lam * self.square) * SLACK)
@@ -460,7 +460,7 @@ def _weighted(overlaps: Tensor, weights: Tensor, q: Tensor) -> tuple[Tensor, Ten
     """max_k (|AAᵀ|Λq)_k/q_k over the λ_k > 0 (N,), and a q (N, ...) nearer to the Perron vector than the one given."""
     t = weights * q
     if overlaps.ndim == 2:
-        product = t @ overlaps.T
+        product = (t @ overlaps.T).to(q.dtype)
     else:
         product = _CONVOLVE[overlaps.ndim](t, overlaps, padding=[n // 2 for n in overlaps.shape[2:]]).to(q.dtype)
     ratios = torch.where(weights > 0, product / q, 0.0).flatten(1).amax(1)
