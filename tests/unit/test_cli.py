@@ -94,6 +94,23 @@ def test_sixteen_bits_stay_sixteen(monkeypatch, tmp_path, model):
     write_image(deep, torch.rand(3, 20, 22), bits=16)
     assert run(monkeypatch, "denoise", deep, "--noise", "5%", "--model", model, "-o", tmp_path / "o.png") == 0
     assert read_image(tmp_path / "o.png").bits == 16
+    # a JPEG holds eight, which no run need end to find out
+    assert run(monkeypatch, "denoise", deep, "--noise", "5%", "--model", model, "-o", tmp_path / "o.jpg") == 0
+    assert read_image(tmp_path / "o.jpg").bits == 8
+
+
+def test_a_picture_one_pixel_wide_is_drawn(monkeypatch, tmp_path, model):
+    thin, figure = tmp_path / "thin.png", tmp_path / "f.png"
+    write_image(thin, torch.rand(3, 20, 1))
+    common = ("--noise", "5%", "--model", model, "-o", tmp_path / "o.png", "--figure", figure)
+    assert run(monkeypatch, "denoise", thin, *common) == 0
+    assert figure.stat().st_size > 1000
+
+
+def test_defaults_that_depend_are_in_the_help(monkeypatch, capsys):
+    for command, words in (("deblur", "by channels"), ("restore", "by method"), ("certify", "512x512")):
+        assert run(monkeypatch, command, "--help") == 0
+        assert words in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_a_tiled_run_gives_the_picture_of_a_whole_one(monkeypatch, tmp_path, model):

@@ -175,6 +175,20 @@ def test_masks_are_those_asked_for(tmp_path: Path) -> None:
     torch.testing.assert_close(start, torch.full_like(start, 0.25))
 
 
+@pytest.mark.parametrize("side", [(1, 2), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize("boundary", ["circular", "reflect", "replicate"])
+def test_kernels_of_one_and_two_pixels_are_what_they_say(side: tuple[int, int], boundary: str) -> None:
+    """With zeros about them, which move nothing: y(p) = Σ k(q) x(p + c - q), c = (h//2, w//2)."""
+    k = torch.rand(side, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    x = torch.rand(1, 1, 6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = forward_model("downsample", (1, 6, 7), factor=1, kernel=k, boundary=boundary, dtype=torch.float64).A(x)
+    expected = sum(
+        k[a, b] * x.roll((a - side[0] // 2, b - side[1] // 2), (-2, -1)) for a in range(side[0]) for b in range(side[1])
+    )
+    inner = (..., slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(y[inner], expected[inner])  # type: ignore[index]
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "given", "message"),
     [
@@ -201,6 +215,7 @@ def test_masks_are_those_asked_for(tmp_path: Path) -> None:
         ("mri", (1, 8, 8), {"acceleration": 4, "centre": 0.5}, "lower either"),
         ("tomography", (1, 8, 9), {}, "square"),
         ("tomography", (1, 8, 8), {"angles": 0}, "angles"),
+        ("tomography", (1, 2, 2), {"circle": True}, "side 3"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(name: str, shape: Any, given: dict[str, Any], message: str) -> None:

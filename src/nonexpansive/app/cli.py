@@ -17,7 +17,7 @@ import typer
 from nonexpansive import checkpoint
 from nonexpansive.allocator import keep_memory
 from nonexpansive.app.experiments import experiment
-from nonexpansive.app.images import read_image, write_image
+from nonexpansive.app.images import read_image, write_like
 from nonexpansive.app.output import check_writable, write_json
 from nonexpansive.app.restore import restore
 from nonexpansive.app.robust import attack, certify_model, classify
@@ -84,13 +84,13 @@ def deblur(
     boundary: Annotated[
         str | None,
         typer.Option(
-            help="circular: the picture continues periodically; valid: its surroundings are unknown. "
-            "[default: circular with --degrade, else valid]"
+            help="circular: the picture continues periodically; valid: its surroundings are unknown.",
+            show_default="circular with --degrade, else valid",
         ),
     ] = None,
     model: Model = None,
     method: Annotated[
-        str | None, typer.Option(help="half-quadratic or forward-backward. [default: by boundary]")
+        str | None, typer.Option(help="half-quadratic or forward-backward.", show_default="by boundary")
     ] = None,
     level: Annotated[str | None, typer.Option(help="The denoiser's noise level, in place of the rule's.")] = None,
     tau: Annotated[float | None, typer.Option(help="The data step τ, in place of the rule's.")] = None,
@@ -143,7 +143,7 @@ def deblur(
         "tiled": not whole(denoiser, blurring.image_shape, memory),
         **report.to_json(),
     }
-    write_image(output, restored[0], bits=picture.bits, icc=picture.icc)
+    write_like(output, restored[0], picture)
     if clean is not None:
         shown = blurring.crop(clean), y, blurring.crop(restored)
         result["quality"] = compare({"blurred": (shown[1], shown[0]), "restored": (shown[2], shown[0])})
@@ -186,8 +186,8 @@ def denoise(
     clean = picture.tensor[None]
     y = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)) if degraded else clean
     with torch.no_grad(), err.status("denoising"):
-        restored = tiled(y, sigma).clamp(0, 1)
-    write_image(output, restored[0], bits=picture.bits, icc=picture.icc)
+        restored = tiled(y, sigma).clamp_(0, 1)
+    write_like(output, restored[0], picture)
     result: dict[str, Any] = {
         "command": "denoise",
         "photo": str(photo),
@@ -247,7 +247,7 @@ def train(
     ] = None,
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     devices: Annotated[
-        int | None, typer.Option(min=1, help="Processes to start, one a device. [default: 1, or torchrun's]")
+        int | None, typer.Option(min=1, help="Processes to start, one a device.", show_default="1, or torchrun's")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each process.")] = None,
     json_file: Json = None,
@@ -263,7 +263,7 @@ def train(
         torch.set_num_threads(threads)
     run = Run.from_toml(shipped(config), settings or ())
     best = fitted(run, data, output, accelerator=accelerator, devices=devices)
-    out.print(f"best weights: {best}")
+    out.print(f"best weights: {best}", markup=False)
     if json_file is not None:
         header, _ = checkpoint.read(best)
         write_json(json_file, {"command": "train", "best": best, **vars(header)})

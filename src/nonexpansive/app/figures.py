@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -35,8 +36,7 @@ def restoration(
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis, (title, picture), score in zip(axes, pictures, [*scores, *[None] * len(pictures)], strict=False):
-        values = picture[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-        axis.imshow(values.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        _show(axis, picture[0])
         axis.set_title(f"{title}, {score['psnr']:.2f} dB" if score else title)
         axis.set_axis_off()
     if residuals:
@@ -63,9 +63,7 @@ def adversary(path: Path, picture: Tensor, other: Tensor, title: str, other_titl
     for axis, image, text in zip(
         figure.subplots(1, 3), shown, (title, other_title, "the difference, stretched"), strict=True
     ):
-        axis.imshow(
-            image[0].permute(1, 2, 0).cpu().numpy().squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-        )
+        _show(axis, image[0])
         axis.set_title(text, fontsize="medium")
         axis.set_axis_off()
     with atomic(path) as temporary:
@@ -82,10 +80,15 @@ def gallery(path: Path, rows: Sequence[Sequence[tuple[str, Tensor]]]) -> None:
     FigureCanvasAgg(figure)
     for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
         for axis, (title, picture) in zip(axes, row, strict=False):
-            values = picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-            axis.imshow(values.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            _show(axis, picture)
             axis.set_title(title, fontsize=7)
         for axis in axes:
             axis.set_axis_off()
     with atomic(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".").lower())
+
+
+def _show(axis: Any, picture: Tensor) -> None:
+    """A picture (C, H, W), C = 1 or 3."""
+    values = picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    axis.imshow(values[..., 0] if len(picture) == 1 else values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -86,7 +86,7 @@ def write_image(path: str | os.PathLike[str], tensor: Tensor, bits: int = 8, icc
     tensor = tensor.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(tensor).all()):
         raise BadInput(f"{str(path)!r} was not written: the picture holds NaN or infinity")
-    values = (tensor.clamp(0, 1) * (2**bits - 1)).round().permute(1, 2, 0).numpy()
+    values = tensor.clamp(0, 1).mul_(2**bits - 1).round_().permute(1, 2, 0).numpy()
     values = np.ascontiguousarray(values[..., ::-1], dtype=np.uint8 if bits == 8 else np.uint16)
     space = b"GRAY" if tensor.shape[0] == 1 else b"RGB "
     profile = [np.frombuffer(icc, np.uint8)] if icc and icc[16:20] == space and suffix not in (".tif", ".tiff") else []
@@ -102,6 +102,12 @@ def write_image(path: str | os.PathLike[str], tensor: Tensor, bits: int = 8, icc
         raise BadInput(f"{str(path)!r}: a picture of shape {tuple(tensor.shape)} cannot be encoded as {suffix}")
     with atomic(Path(path)) as temporary:
         temporary.write_bytes(code.tobytes())
+
+
+def write_like(path: str | os.PathLike[str], tensor: Tensor, picture: Photograph | None) -> None:
+    """``write_image`` with the depth (but for a JPEG, which has 8 bits) and the colour profile of the ``picture`` that was read."""
+    bits = 8 if picture is None or Path(path).suffix.lower() in (".jpg", ".jpeg") else picture.bits
+    write_image(path, tensor, bits=bits, icc=None if picture is None else picture.icc)
 
 
 # ---- decoding: bytes to (values (H, W) or (H, W, 3) in RGB order, bits, colour profile)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import ast
+import math
 import struct
 import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
 import typer
 from torch import Tensor
 
-from nonexpansive.app.images import Photograph, read_image, write_image
+from nonexpansive.app.images import Photograph, read_image, write_like
 from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, write_json
 from nonexpansive.app.runs import (
+    MAX_SEED,
     Accelerated,
     Figure,
     Iterations,
@@ -48,6 +49,10 @@ from nonexpansive.restore.steps import DataTerm
 
 ARRAYS = (".npy", ".pt")
 MAX_BYTES = 4 * 2**30
+SEEN = ("blur", "downsample", "inpaint")
+"""Forward models whose data are pictures."""
+
+WHITE = {torch.uint8: 255, torch.uint16: 65535}
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def restore(
     ] = 0.0,
     model: Model = None,
     method: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [default: by forward model and noise]")
+        str | None, typer.Option(help=f"One of {', '.join(METHODS)}.", show_default="by forward model and noise")
     ] = None,
     level: Annotated[str | None, typer.Option(help="The denoiser's noise level, in place of the rule's.")] = None,
     strength: Annotated[
@@ -124,7 +129,8 @@ def restore(
         bool | None,
         typer.Option(
             "--relax/--no-relax",
-            help="Weaken the denoiser to α ≤ 1/2, where the method needs it. [default: if the method is left open]",
+            help="Weaken the denoiser to α ≤ 1/2, where the method needs it.",
+            show_default="if the method is left open",
         ),
     ] = None,
     tau: Annotated[float | None, typer.Option(help="The data step τ, in place of the rule's.")] = None,
@@ -135,7 +141,7 @@ def restore(
         bool, typer.Option("--anchored", help="Halpern's iteration, for which non-expansive suffices.")
     ] = False,
     box: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Keep grey values within; `none`. [default: by method]")
+        str | None, typer.Option(metavar="LOW,HIGH", help="Keep grey values within; `none`.", show_default="by method")
     ] = None,
     acceleration: Accelerated = "auto",
     iterations: Iterations = 300,
@@ -154,7 +160,7 @@ def restore(
     is measured first, so that PSNR and SSIM can be told. A folder is restored file by file.
     """
     began = time.perf_counter()
-    nu = noise_level(noise)
+    nu = noise_level(noise, math.inf)
     if background and poisson is None:
         raise BadInput("--background belongs to photon noise: give --poisson GAIN as well")
     likelihood: Likelihood = Gaussian(nu) if poisson is None else Poisson(poisson, background, nu)
@@ -189,7 +195,7 @@ def restore(
         )
         if failed:
             raise BadInput(f"{done}; these failed:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items()))
-        out.print(done)
+        out.print(done, markup=False)
         return
     check_outputs(source, output, figure, json_file, (*IMAGE_SUFFIXES, ".npy"))
     result = _one(Job(source, output, *common, *rest), figure=figure)
@@ -201,7 +207,18 @@ def restore(
 
 def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, Any]:
     """Restore one input, write its picture and figure, and give the result as plain values."""
-    given, picture = _read(job.source)
+    known = settings(job.physics)
+    if not job.degraded and {"mask", "seed"} <= set(known) and not {"mask", "seed"} & set(job.settings):
+        raise BadInput(
+            f"which data of {job.physics} were measured? Give their mask, --set mask=FILE, "
+            "or the seed that it was drawn from, --set seed=..."
+        )
+    given, picture = _read(job.source, job.degraded or job.physics in SEEN)
+    if job.degraded and not bool(((given >= 0) & (given <= 1)).all()):
+        raise BadInput(
+            f"{job.source} is to be a clean picture, of values in [0, 1]; these lie in [{float(given.min()):g}, {float(given.max()):g}]: "
+            "subtract the black level and divide by the white level"
+        )
     clean = given[None] if job.degraded else None
     shape = tuple(given.shape) if job.degraded else _unknown(job, tuple(given.shape))
     data = forward_model(job.physics, shape, **job.settings)
@@ -220,8 +237,9 @@ def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, A
     report = iterate(prepared, job.tolerance, job.iterations, job.acceleration, name)
     if not name:
         _show_rates(report.proved, report.movements, report.error)
-    restored, start = _seen(data, report.image).clamp(0, 1), _seen(data, prepared.start)
-    _write(job.output, report.image if job.output.suffix == ".npy" else restored, picture)
+    unclipped, start = _seen(data, report.image), _seen(data, prepared.start)
+    restored = unclipped.clamp(0, 1)
+    _write(job.output, unclipped if job.output.suffix.lower() == ".npy" else restored, picture)
     result = {
         "input": str(job.source),
         "output": str(job.output),
@@ -334,13 +352,14 @@ def _all(jobs: list[Job]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Restore file after file; one that fails does not stop the others. If all fail, so does this, as the first did."""
     results: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    first: NonexpansiveError | None = None
+    first: Exception | None = None
     for number, job in enumerate(jobs, 1):
         try:
             results.append(_one(job, name=f"[{number}/{len(jobs)}] {job.source.name}"))
-        except NonexpansiveError as error:
-            first, failed[job.source.name] = first or error, str(error)
-            out.print(f"{job.source.name}: {error}", markup=False)
+        except Exception as error:  # whatever is wrong with one file
+            why = str(error) if isinstance(error, NonexpansiveError) else f"{type(error).__name__}: {error}"
+            first, failed[job.source.name] = first or error, why
+            out.print(f"{job.source.name}: {why}", markup=False)
     if first is not None and not results:
         raise first
     return results, failed
@@ -349,8 +368,9 @@ def _all(jobs: list[Job]) -> tuple[list[dict[str, Any]], dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------------------- in and out
 
 
-def _read(path: Path) -> tuple[Tensor, Photograph | None]:
-    """A picture or data without the batch axis, float32: from a picture file, or an .npy or .pt file, of which no code is ever run."""
+def _read(path: Path, seen: bool) -> tuple[Tensor, Photograph | None]:
+    """A picture or data without the batch axis, float32: from a picture file, or an .npy or .pt file, of which no code is ever run.
+    Whole numbers are grey values of 8 or 16 bits, where ``seen`` tells that the data are a picture's."""
     suffix = path.suffix.lower()
     if suffix not in ARRAYS:
         picture = read_image(path)
@@ -370,10 +390,17 @@ def _read(path: Path) -> tuple[Tensor, Photograph | None]:
         ) from error
     if not isinstance(loaded, Tensor):
         raise BadInput(f"{str(path)!r} holds a {type(loaded).__name__}, not one tensor: save the tensor alone")
+    if loaded.layout is not torch.strided or loaded.is_quantized or loaded.is_meta:
+        raise BadInput(
+            f"{str(path)!r} holds a sparse, quantized or empty tensor: save a plain one (.to_dense(), .dequantize())"
+        )
+    loaded = loaded.detach()
     if loaded.is_complex():
         raise BadInput(f"{str(path)!r} holds complex numbers: save the real and the imaginary part as two channels")
-    if loaded.dtype == torch.uint8:
-        loaded = loaded.float() / 255
+    if not loaded.is_floating_point():
+        if not seen or loaded.dtype not in WHITE:
+            raise BadInput(f"{str(path)!r} holds {loaded.dtype}, of no known unit: save floats, such that white is 1")
+        loaded = loaded.float() / WHITE[loaded.dtype]
     x = loaded.float()
     x = x[0] if x.ndim == 4 and len(x) == 1 else x[None] if x.ndim == 2 else x
     if x.ndim != 3 or not x.numel():
@@ -388,8 +415,7 @@ def _write(path: Path, image: Tensor, picture: Photograph | None) -> None:
         with atomic(path) as temporary:
             np.save(temporary, image[0].cpu().numpy(), allow_pickle=False)
         return
-    bits = 8 if picture is None or path.suffix.lower() in (".jpg", ".jpeg") else picture.bits
-    write_image(path, image[0], bits=bits, icc=None if picture is None else picture.icc)
+    write_like(path, image[0], picture)
 
 
 def _annotate(path: Path) -> None:
@@ -402,19 +428,34 @@ def _annotate(path: Path) -> None:
 
 
 def _settings(name: str, given: list[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs as settings of the forward model: numbers and True or False as such, the rest as text."""
-    known, found = settings(name), {}
+    """KEY=VALUE pairs as settings of the forward model, each of the type that the model states for it."""
+    known, found = settings(name), dict[str, Any]()
+    hints = get_type_hints(MODELS[name])
     for pair in given:
         key, equals, text = pair.partition("=")
         if not equals or key not in known or key == "dtype":
             shown = ", ".join(key for key in known if key != "dtype")
             raise BadInput(f"--set {pair}: a setting of {name} is expected as KEY=VALUE; there are {shown}")
-        try:
-            value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-        except (ValueError, SyntaxError):
-            value = text
-        found[key] = value if isinstance(value, (bool, int, float)) else text
+        found[key] = _value(pair, text, set(get_args(hints[key])) or {hints[key]})
+    if "seed" in found and not 0 <= found["seed"] <= MAX_SEED:
+        raise BadInput(f"--set seed={found['seed']}: a seed is a whole number from 0 to {MAX_SEED}")
     return found
+
+
+def _value(pair: str, text: str, kinds: set[type]) -> bool | float | str:
+    if str in kinds:
+        return text
+    if bool in kinds:
+        if text.lower() not in ("true", "false"):
+            raise BadInput(f"--set {pair}: true or false is expected")
+        return text.lower() == "true"
+    try:
+        value = float(text) if float in kinds else int(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadInput(f"--set {pair}: {'a number' if float in kinds else 'a whole number'} is expected")
+    return value
 
 
 def _size(text: str | None) -> tuple[int, ...] | None:

@@ -52,7 +52,8 @@ Data = Annotated[
 Source = Annotated[
     str | None,
     typer.Option(
-        help="The data set: cifar10, mnist, ..., an .npz or a folder in DIR. [default: what the model was trained on]"
+        help="The data set: cifar10, mnist, ..., an .npz or a folder in DIR.",
+        show_default="what the model was trained on",
     ),
 ]
 Local = Annotated[
@@ -65,7 +66,7 @@ Local = Annotated[
 Steps = Annotated[
     int | None,
     typer.Option(
-        min=0, help=f"Steps of descent on each image's bound, with --local-bounds. 0: quick. [default: {STEPS}]"
+        min=0, help="Steps of descent on each image's bound, with --local-bounds. 0: quick.", show_default=str(STEPS)
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
@@ -74,7 +75,7 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 def certify_model(
     model: Model,
     size: Annotated[
-        str | None, typer.Option(help="Height x width of the input. [default: a classifier's own, else 512x512]")
+        str | None, typer.Option(help="Height x width of the input.", show_default="a classifier's own, else 512x512")
     ] = None,
     float32: Annotated[
         bool,
@@ -178,7 +179,7 @@ def attack(
     ] = "pgd",
     epsilon: Annotated[
         list[float] | None,
-        typer.Option(min=0.0, help="ℓ2 radius in units of images in [0, 1]; repeatable. [default: 36/255]"),
+        typer.Option(min=0.0, help="ℓ2 radius in units of images in [0, 1]; repeatable.", show_default="36/255"),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="The first so many test images.")] = 100,
     local: Local = False,

@@ -26,11 +26,15 @@ from nonexpansive.restore.restoration import Plan
 from nonexpansive.restore.tiles import Tiled
 
 out = Console(highlight=False, soft_wrap=True)
+MAX_SEED = 2**63 - 1
+
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Model = Annotated[
     str | None,
-    typer.Option(help="A shipped model (see `nonexpansive models`) or a .safetensors file. [default: by channels]"),
+    typer.Option(
+        help="A shipped model (see `nonexpansive models`) or a .safetensors file.", show_default="by channels"
+    ),
 ]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result, with the certificate, as JSON.")
@@ -52,7 +56,7 @@ Accelerated = Annotated[
         "and --memory allows it."
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise that is added.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise that is added.")]
 Tolerance = Annotated[float, typer.Option(min=1e-6, help="Stop when the relative residual is at most this.")]
 Iterations = Annotated[int, typer.Option(min=1, help="At most so many steps.")]
 
@@ -151,7 +155,8 @@ def iterate(
         f"{f'{name}: ' if name else ''}{ending} after {report.iterations} steps at a relative residual of "
         f"{report.residuals[-1]:.2e}, {report.seconds:.1f} s"
         + (f", {report.acceleration}" if report.acceleration else "")
-        + ("" if report.certified else f" ({NOT_CERTIFIED})")
+        + ("" if report.certified else f" ({NOT_CERTIFIED})"),
+        markup=False,
     )
     return report
 
@@ -182,7 +187,7 @@ def progress(total: int, what: str) -> Iterator[Callable[[int, str], None]]:
         BarColumn(),
         TextColumn("{task.completed} steps"),
         TimeElapsedColumn(),
-        TextColumn(what + " {task.fields[value]}"),
+        TextColumn("{task.description} {task.fields[value]}", markup=False),
     )
     with Progress(*columns, console=err, transient=not err.is_terminal) as bar:
         task = bar.add_task(what, total=total, value="")
@@ -194,4 +199,4 @@ def finish(result: dict[str, Any], output: Path, figure: Path | None, json_file:
     if json_file is not None:
         write_json(json_file, result)
     written = ", ".join(str(path) for path in (output, figure, json_file) if path is not None)
-    out.print(f"wrote {written} ({time.perf_counter() - began:.1f} s in all)")
+    out.print(f"wrote {written} ({time.perf_counter() - began:.1f} s in all)", markup=False)

@@ -159,7 +159,7 @@ class Poisson:
             raise Refused(
                 "the Poisson log-likelihood without background has no Lipschitz gradient: state the background that the data "
                 "contain, or the Gaussian noise that is mixed in (background=0.02 or noise=0.02, say), or use the method "
-                "primal-dual, which needs no gradient"
+                "primal-dual without a box, which needs no gradient"
             )
         largest = float(self._terms(y.detach())[0].max())
         return up(times(largest, up(1 / s)) / s)

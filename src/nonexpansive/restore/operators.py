@@ -38,7 +38,8 @@ class Operator:
     - ``norm``: an upper bound on ‖A‖, which you must be able to prove: it enters the certificate. ``derivation`` says how it is proved.
     - ``prox``: (z, y, τ) ↦ argmin_x ½‖Ax - y‖² + ‖x - z‖²/(2τ), exact; without it the methods that need one are refused.
     - ``start``: a picture to begin from, given the data; AᵀY/norm² unless given. ``measured``: a mask of the data's entries that are
-      measurements, if not all are: noise is added to those only.
+      measurements, if not all are: noise is added to those only. ``signed``: whether data of pictures are of both signs, so that they
+      cannot be counts of photons.
 
     Once built, A is tried on random vectors: that it is linear and takes each sample of a batch by itself, that ``adjoint`` is its
     adjoint, that ``prox`` solves its equation, and that a few power iterations do not exceed ``norm``. That refutes mistakes; it proves
@@ -56,6 +57,7 @@ class Operator:
         prox: Callable[[Tensor, Tensor, float], Tensor] | None = None,
         start: Map | None = None,
         measured: Tensor | None = None,
+        signed: bool = False,
         dtype: torch.dtype = torch.float32,
         name: str = "operator",
         derivation: str = "stated, not derived",
@@ -70,6 +72,7 @@ class Operator:
             measured,
             dtype,
         )
+        self.signed = signed
         self._map, self._adjoint, self._prox, self._start = A, adjoint or self._transpose, prox, start
         self._try()
 
@@ -290,9 +293,10 @@ def _filtered(image_shape: tuple[int, int, int], k: Tensor, factor: int, boundar
         raise BadInput(f"the boundary must be one of {', '.join(boundaries)}, not {boundary!r}")
     channels, *size = image_shape
     rows, columns = size
-    if boundary != "valid":  # deepinv's adjoints need a kernel wider than a pixel: zeros about it change nothing
-        h, w = (int(side == 1) for side in k.shape)
-        k = torch.nn.functional.pad(k, (w, w, h, h))
+    if boundary != "valid":  # deepinv's adjoints need kernels of three pixels: zeros about it change nothing
+        around = {1: (1, 1), 2: (0, 1)}
+        h, w = (around.get(side, (0, 0)) for side in k.shape)
+        k = torch.nn.functional.pad(k, (*w, *h))
     if k.shape[0] > rows or k.shape[1] > columns:
         raise BadInput(
             f"the kernel ({k.shape[0]} x {k.shape[1]}) is larger than the picture ({rows} x {columns}): "
@@ -477,6 +481,7 @@ def _mri(
         prox=prox if real else (lambda z, y, tau: physics.prox_l2(z, y, gamma=tau)),
         start=(lambda y: physics.A_adjoint(y)[:, :1]) if real else physics.A_adjoint,
         measured=(m != 0).to(dtype).expand(2, rows, columns),
+        signed=True,
         dtype=dtype,
         name="mri",
         derivation="the maximum of its symbol, F being orthonormal",
@@ -502,8 +507,8 @@ def _tomography(
     from deepinv.physics import Tomography
 
     channels, side, other = image_shape
-    if side != other or side < 2:
-        raise BadInput(f"tomography takes square pictures of side 2 and more, not {side} x {other}: crop or pad it")
+    if side != other or side < 2 + circle:
+        raise BadInput(f"tomography takes square pictures of side {2 + circle} and more, not {side} x {other}: crop or pad it")
     if not isinstance(angles, int) or angles < 1:
         raise BadInput(f"angles is a number of angles, from 1, not {angles!r}")
     theta: Any = torch.arange(angles, dtype=torch.float64) * (180 / angles)

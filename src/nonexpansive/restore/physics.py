@@ -305,17 +305,18 @@ def check(x: Tensor, shape: tuple[int, ...], what: str) -> None:
 # ---- noise
 
 
-def noise_level(text: str) -> float:
-    """A noise level in the unit of [0, 1] pictures, from ``1%``, ``0.01`` or ``2.55/255``. Raises ``BadInput``."""
+def noise_level(text: str, most: float = 1.0) -> float:
+    """A noise level up to ``most``, in the unit of [0, 1] pictures, from ``1%``, ``0.01`` or ``2.55/255``. Raises ``BadInput``."""
     number, slash, scale = text.strip().partition("/")
     try:
         level = float(number[:-1]) / 100 if number.endswith("%") and not slash else float(number)
         level = level / float(scale) if slash else level
     except (ValueError, ZeroDivisionError):
         level = math.nan
-    if not 0 <= level <= 1:
+    if not 0 <= level <= most or level == math.inf:
+        limits = f"between 0 and {most:g} (white)" if most == 1 else "from 0 (1: white)"
         raise BadInput(
-            f"noise level {text!r}: a standard deviation between 0 and 1 (white) is expected, "
+            f"noise level {text!r}: a standard deviation {limits} is expected, "
             "as a share (0.01), in percent (1%) or on a scale (2.55/255)"
         )
     return level

@@ -25,14 +25,16 @@ from nonexpansive.restore.iterate import (
 )
 from nonexpansive.restore.likelihood import Gaussian, Likelihood
 from nonexpansive.restore.methods import METHODS, Method, splitting
+from nonexpansive.restore.operators import Operator
+from nonexpansive.restore.physics import Blurring
 from nonexpansive.restore.steps import DataTerm
 from nonexpansive.restore.tiles import Tiled
 
 
 @dataclass(frozen=True)
 class Strength:
-    """How the prior is weighed: the denoiser's level is ``factor``·ν + ``floor`` for noise ν, and τ = (``trust``·level)²/v, v = ν² for
-    Gaussian noise, the gain for photons (``Likelihood.variance``)."""
+    """How the prior is weighed: the denoiser's level is ``factor``·ν/max(1, ‖A‖) + ``floor`` for noise ν in the data, and τ =
+    (``trust``·level)²/v, v = ν² for Gaussian noise, the gain for photons (``Likelihood.variance``)."""
 
     factor: float
     floor: float
@@ -44,7 +46,10 @@ STRENGTH: dict[Method, Strength] = {
     method: _HALF_QUADRATIC if method == "half-quadratic" else _SHARED for method in METHODS
 }
 """Chosen for deblurring by half-quadratic and forward-backward, on training photographs and other kernels than those reported (see
-docs/training.md); from the noise alone, not per picture. The others, and other forward models, take it over untuned."""
+docs/training.md); from the noise alone, not per picture. The others take it over untuned."""
+
+SHARP_TRUST = 3.0
+"""``trust`` of these two methods where the forward model is no blur (benchmarks/strength.py)."""
 
 PROXIMAL_TRUST = 1.7
 """``trust`` of a proximal denoiser in place of those, chosen alike (see docs/training.md)."""
@@ -126,6 +131,10 @@ def has_prox(data: DataTerm, y: Tensor) -> bool:
     return True
 
 
+def _blurs(data: DataTerm) -> bool:
+    return isinstance(data, Blurring) or (isinstance(data, Operator) and data.name.startswith("blur"))
+
+
 def plan(
     y: Tensor,
     data: DataTerm,
@@ -149,7 +158,8 @@ def plan(
     ``method`` defaults to half-quadratic for Gaussian noise where the proximal map of the data term has a closed form, else to
     forward-backward; for photons to primal-dual, with the denoiser relaxed to α ≤ 1/2 (``relax``), as steps on their steep gradient are
     short; a proximal denoiser goes with forward-backward there. ``sigma`` (the denoiser's level) and ``tau`` default to a rule in the
-    noise alone (:data:`STRENGTH`); where a step on the gradient may not be that long, both become smaller together. ``box`` defaults to
+    noise and ‖A‖ (:data:`STRENGTH`), one for all of y; where a step on the gradient may not be that long, both become smaller together.
+    ``box`` defaults to
     the projection on [0, 1]ⁿ for these two methods, so that a fixed point exists; to none for others, and for a proximal denoiser,
     which descends only without. The rest is as for :func:`splitting`.
 
@@ -165,6 +175,10 @@ def plan(
     descends = isinstance(inner, ProximalDenoiser)
     likelihood = noise if not isinstance(noise, (int, float)) else Gaussian(noise)
     gaussian = isinstance(likelihood, Gaussian)
+    if not gaussian and getattr(data, "signed", False):
+        raise BadInput(
+            "photons are counted, so their data are not negative, as those of this forward model are: state Gaussian noise"
+        )
     if gaussian and likelihood.noise < SMALLEST_NOISE:
         likelihood = Gaussian(SMALLEST_NOISE)
     chosen: Method
@@ -179,11 +193,19 @@ def plan(
     if box is None:
         box = chosen in ("half-quadratic", "forward-backward") and not descends
     rule, smoothness = STRENGTH[chosen], None
-    rule = replace(rule, trust=PROXIMAL_TRUST) if descends else rule
+    if descends:
+        rule = replace(rule, trust=PROXIMAL_TRUST)
+    elif chosen in ("half-quadratic", "forward-backward") and not _blurs(data):
+        rule = replace(rule, trust=SHARP_TRUST)
     if chosen in ("forward-backward", "red") or (chosen == "primal-dual" and box):
         smoothness = data.lipschitz * likelihood.smoothness(y)
-    level = rule.factor * likelihood.spread(y) + rule.floor if sigma is None else sigma
+    ruled = rule.factor * likelihood.spread(y) / max(1.0, data.norm) + rule.floor
+    level = min(1.0, ruled) if sigma is None else sigma
     if tau is None:
+        if not level > 0:
+            raise BadInput(
+                "a denoiser at level 0 leaves the rule no step τ on the data: state τ as well, or a level above 0"
+            )
         tau = (rule.trust * level) ** 2 / likelihood.variance
         longest = 1.99 if chosen == "forward-backward" and not descends else 1.0
         if smoothness and chosen != "red" and tau > longest / smoothness:

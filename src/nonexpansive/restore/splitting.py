@@ -103,6 +103,12 @@ def _culprit(certificate: Certificate) -> str:
             f" The factor that fails: {part.rule}, which is not averaged but the proximal map of a weakly convex function. Nearest setting "
             "that is proved: half-quadratic or forward-backward, its last factor (box=False, strength at most 1), which descend."
         )
+    inner = part.parts[0] if part.rule.startswith("relaxation") else None
+    if inner is not None and inner.averaged:
+        return (
+            f" The factor that fails: {part.rule}, which overshoots: its T has α ≤ {above(inner.averaged)}. Nearest setting that is "
+            f"proved: a t (strength) below 1/α, at most {below(0.999 / inner.averaged, 4)}."
+        )
     return (
         f" The factor that fails: {part.rule}, for which only L ≤ {above(part.lipschitz)} is known. No setting of the iteration mends "
         "that: use a denoiser that is averaged."

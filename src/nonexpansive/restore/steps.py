@@ -69,7 +69,9 @@ class AtLevel(nn.Module):
 @rule(AtLevel)
 def _at_level(module: AtLevel, shape: Shape, unit: float) -> Certificate:
     if not 0 <= module.sigma <= 1:
-        raise Refused(f"the denoiser's certificate holds for noise levels in [0, 1], not {module.sigma:g}")
+        raise Refused(
+            f"the denoiser's certificate holds for noise levels in [0, 1], not {module.sigma:g}: state a smaller one (sigma=, --level)"
+        )
     return fold(module.denoiser, shape, unit)
 
 
