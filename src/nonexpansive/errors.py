@@ -19,5 +19,9 @@ class BadCheckpoint(BadInput):
     """A checkpoint that is truncated, changed, of another architecture, or not one of ours."""
 
 
+class Interrupted(NonexpansiveError):
+    """The run was asked to stop (SIGTERM or SIGINT), saved a checkpoint and stopped."""
+
+
 class Diverging(NonexpansiveError, RuntimeError):
     """A run contradicts what was proved about it (residual grew, solver missed its tolerance): a defect to report."""

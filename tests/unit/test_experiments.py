@@ -8,20 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from nonexpansive import certify, checkpoint
-from nonexpansive.errors import BadInput
+from nonexpansive.errors import BadInput, Refused
 from nonexpansive.experiments import comparison, depth, listed, shipped
 from nonexpansive.experiments.comparison import Comparison, averaging, compare
 from nonexpansive.experiments.depth import steepest, worst_case
+from nonexpansive.experiments.settings import Entry
 from nonexpansive.experiments.training import train
 from nonexpansive.nn.classifier import Classifier, flow_classifier, paper_classifier
 from nonexpansive.nn.models import build
 from nonexpansive.train import Run
 from nonexpansive.train.config import load_toml
+from nonexpansive.train.loop import TrainingFailed
 
 torch.set_num_threads(1)
 QUICK = {"accelerator": "cpu", "progress": False}
@@ -179,11 +182,11 @@ def test_a_comparison_is_reported_and_taken_up_where_it_was_left(
     attacked: list[float] = []
     attack = comparison.search
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **options: Any) -> Any:
         if len(attacked) == 2:
             raise KeyboardInterrupt
         attacked.extend(arguments[3])
-        return attack(*arguments)
+        return attack(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "search", killed)
@@ -247,6 +250,73 @@ def test_the_digits_are_learned_with_certificates(tmp_path: Path) -> None:
     assert ordinary.clean.accuracy[0] > 0.94
     assert ordinary.certified.area < 0.1 * ours.certified.area
     assert ours.robust.area > ordinary.robust.area
+
+
+def own_data(folder: Path, **test: Any) -> Comparison:
+    """A comparison on an .npz of two classes, with the test split that is given."""
+    x, y = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 2
+    x[y == 1, :4] = 255
+    np.savez(folder / "own.npz", **{"x_train": x, "y_train": y, **test})
+    text = shipped("classifier-digits").read_text(encoding="utf-8")
+    (folder / "own.toml").write_text(text.replace('source = "digits"', 'source = "own.npz"'), encoding="utf-8")
+    return Comparison("t", (0.0, 0.1), runs=(Entry("a", str(folder / "own.toml")),))
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "says"),
+    [(None, None, "x_test"), ((8, 8), 2, "classes"), ((4, 4), 1, "to train on"), ((8, 8), -1, "number them from 0")],
+)
+def test_what_is_wrong_with_the_test_images_is_told_before_training(
+    tmp_path: Path, shape: tuple[int, int] | None, labels: int, says: str
+) -> None:
+    named = {"classes": np.array(["low", "high"])} if says == "classes" else {}
+    test = {} if shape is None else {"x_test": np.zeros((4, *shape), np.uint8), "y_test": np.full(4, labels)}
+    known = own_data(tmp_path, **test, **named)
+    with pytest.raises(BadInput, match=says):
+        list(compare(known, tmp_path, tmp_path / "out", **QUICK))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("model.stages=3", "list of tables"),
+        ("model.stages=[1]", "list of tables"),
+        ("model.stages=[{unshuffle=0}]", "whole numbers from 1"),
+        ("model.stages=[{kernels=[-1]}]", "whole numbers from 1"),
+        ("model.stages=[{kernels=3}]", "cannot be built"),
+        ('model.stages=[{channels="x"}]', "cannot be built"),
+        ("model.activation=7", "cannot be built"),
+        ("model.classes=3", "leave it out"),
+        ("model.mean=[0.1,0.2]", "mean"),
+        ("model.shifts=[100]", "symmetrised|fails"),
+    ],
+)
+def test_settings_that_make_no_network_are_told_before_training(tmp_path: Path, setting: str, says: str) -> None:
+    run = Run.from_toml(own_data(tmp_path).runs[0].config, (setting, "train.steps=2"))
+    with pytest.raises((BadInput, Refused), match=says):
+        train(run, tmp_path, tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_outgrow_the_control_are_a_training_that_failed(tmp_path: Path) -> None:
+    settings = (
+        "model.control=adaptive",
+        "train.optimiser=sgd",
+        "train.learning_rate=1e4",
+        "train.clip=0",
+        "train.warmup=0",
+    )
+    run = Run.from_toml(own_data(tmp_path).runs[0].config, (*settings, "train.steps=50"))
+    with pytest.raises(TrainingFailed, match=r"at step \d+: .*The last good checkpoint is"):
+        train(run, tmp_path, tmp_path / "out", **QUICK)
+
+
+def test_an_experiment_measures_in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(monkeypatch, "experiment", "digits", "-o", tmp_path / "out") == 3
+    assert "one process" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_training_starts_from_weights_of_its_own_shapes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,26 @@ def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
         load_images("cut.npz", "train", tmp_path)
 
 
+def test_classes_of_both_splits_count_where_there_are_no_names(tmp_path: Path) -> None:
+    x = np.zeros((4, 5, 5), np.uint8)
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=np.array([0, 1, 2, 3]), x_test=x, y_test=np.array([0, 1, 2, 2]))
+    assert load_images("own.npz", "test", tmp_path).classes == load_images("own.npz", "train", tmp_path).classes
+
+
+def test_labels_are_renumbered_by_name() -> None:
+    x = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    images = LabelledImages(x, torch.tensor([0, 1, 1]), ("dog", "cat"))
+    there = images.among(("bird", "cat", "dog"))
+    assert there.labels.tolist() == [2, 1, 1] and there.classes == ("bird", "cat", "dog")
+    with pytest.raises(BadInput, match="'dog' is none of the 2"):
+        images.among(("bird", "cat"))
+    # without names, by number
+    numbered = replace(images, classes=("0", "1")).among(("bird", "cat", "dog"))
+    assert numbered.labels.tolist() == [0, 1, 1] and numbered.classes == ("bird", "cat", "dog")
+    with pytest.raises(BadInput, match="none of the 1"):
+        replace(images, classes=("0", "1")).among(("bird",))
+
+
 def test_a_named_set_is_taken_from_an_npz_of_that_name_first(tmp_path: Path) -> None:
     written_npz(tmp_path / "cifar10.npz")
     images = load_images("cifar10", "test", tmp_path)
@@ -154,8 +175,18 @@ def test_files_of_mnist_are_found_where_they_lie(tmp_path: Path, folder: str, co
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0\0\x08\x03", gzip.compress(idx(np.zeros((2, 3, 3), np.uint8)))[:-9]],
-    ids=["empty", "header alone", "cut short"],  # the compressed bytes hold the time, and workers must agree on names
+    [
+        b"",
+        b"\0\0\x08\x03",
+        gzip.compress(idx(np.zeros((2, 3, 3), np.uint8)))[:-9],
+        gzip.compress(b"")[:10] + b"\xff" * 20,
+    ],
+    ids=[
+        "empty",
+        "header alone",
+        "cut short",
+        "no deflated stream",
+    ],  # the compressed bytes hold the time, and workers must agree on names
 )
 def test_a_damaged_file_of_mnist_is_refused(tmp_path: Path, content: bytes) -> None:
     name = "train-images-idx3-ubyte" + (".gz" if content[:2] == b"\x1f\x8b" else "")

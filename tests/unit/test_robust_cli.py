@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,12 @@ def test_a_killed_certification_goes_on_from_what_it_noted(
     assert whole[0] == [32, 18] == certify(0, "r")[0] == certify(1, "r", other)[0]
     assert certify(1, "r") == ([18], whole[1])
     assert certify(1, "r") == whole == certify(1, "damaged")  # of what is finished nothing is taken up
+    with monkeypatch.context() as patch:  # what cannot be drawn is not lost
+        from nonexpansive.app import curves
+
+        patch.setattr(curves, "accuracies", lambda *_: 1 / 0)
+        assert certify(1, "full") == ([32, 18], None)
+    assert certify(1, "full") == ([], whole[1])
     assert {file.name for file in (tmp_path / "r").iterdir()} == {"report.md", "curves.png", "result.json"}
 
 
@@ -148,6 +155,21 @@ def test_a_photograph_is_classified(weights: Path, tmp_path: Path) -> None:
     assert result["class"] == DIGITS[int(prediction)] and result["radius"] == pytest.approx(float(radius), rel=1e-6)
     assert result["adversary"] != result["class"] and result["distance"] > result["radius"] > 0
     assert figure.stat().st_size > 0 and "brought to 8x8" in text
+    shown = {key: float(re.search(rf"{key} ([\d.]+)", text)[1]) for key in ("certain within", "at")}  # type: ignore[index]
+    assert shown["certain within"] <= result["radius"] < shown["certain within"] + 1e-4
+    assert shown["at"] >= result["distance"] > shown["at"] - 1e-3
+
+
+def test_what_needs_a_package_says_so_first(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    monkeypatch.setattr(robust, "_made", lambda *_: 1 / 0)
+    write_image(tmp_path / "x.png", torch.rand(1, 8, 8))
+    for arguments in (
+        ["classify", tmp_path / "x.png", "--model", weights, "--figure", tmp_path / "f.png"],
+        ["attack", weights, "--data", tmp_path, "--attack", "auto"],
+    ):
+        with pytest.raises(BadInput, match="pip install"):
+            CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
 
 
 def test_a_picture_is_brought_to_the_size_of_the_network() -> None:
@@ -169,6 +191,7 @@ def test_a_picture_is_brought_to_the_size_of_the_network() -> None:
         (("certify", "MODEL", "--size", "9x9"), "takes pictures of 8x8"),
         (("certify", "MODEL", "--data", ".", "--size", "8x8"), "--size is for denoisers"),
         (("attack", "MODEL", "--data", ".", "--attack", "fgsm"), "there are pgd, auto"),
+        (("attack", "MODEL", "--data", ".", "--epsilon", "inf"), "finite"),
         (("attack", "denoiser-grey", "--data", "."), "not a classifier"),
         (("certify", "MODEL", "--data", ".", "--source", "nothing"), "no data set of that name"),
     ],

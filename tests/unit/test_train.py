@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nonexpansive.errors import BadCheckpoint, BadInput
+from nonexpansive.errors import BadCheckpoint, BadInput, Interrupted
 from nonexpansive.train.config import Run, TrainConfig, apply_overrides
 from nonexpansive.train.data import generator
-from nonexpansive.train.loop import Interrupted, TrainingFailed, fit, learning_rate
+from nonexpansive.train.loop import TrainingFailed, fit, learning_rate
 from nonexpansive.train.tasks import DenoiseTask
 
 torch.set_num_threads(1)

@@ -43,13 +43,13 @@ from nonexpansive.app.runs import (
     the_denoiser,
     whole,
 )
-from nonexpansive.errors import BadInput, NonexpansiveError, Refused
+from nonexpansive.errors import BadInput, Interrupted, NonexpansiveError, Refused
 from nonexpansive.math.certificate import certify
 from nonexpansive.restore import blur, degrade, plan
 from nonexpansive.restore.physics import KERNEL_FORMS, image_shape, kernel, noise_level
 from nonexpansive.restore.tiles import Tiled
 
-EXIT = {BadInput: 3, Refused: 4}
+EXIT = {BadInput: 3, Refused: 4, Interrupted: 130}
 FAILED = 5
 CODES = (
     "Exit codes: 0 done, 2 wrong usage, 3 an input or output that cannot be used, 4 no certificate so nothing was run, "

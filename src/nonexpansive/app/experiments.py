@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,11 @@ def experiment(
     began = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
+    if torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise BadInput(
+            "an experiment measures in one process: train its networks with `torchrun ... nonexpansive.app.cli train CONFIG -o DIR/RUN` "
+            "(RUN its name in the experiment), from where the experiment takes them up"
+        )
     if name == "depth" and only:
         raise BadInput("--only chooses among the networks of a comparison; those of depth are bounded by --limit")
     kind = "depth" if name == "depth" else _kind(_path(name))
@@ -180,11 +186,9 @@ def _run_comparison(
     own, overrides = _divided(settings)
     known = Comparison.from_toml(_path(name), own)
     out.mkdir(parents=True, exist_ok=True)
-    results = compare(
-        known, data, out, overrides=overrides, only=only, limit=limit, accelerator=accelerator,
-        watch=lambda text: err.print(text, markup=False),
-    )  # fmt: skip
-    return _comparison(known, results, out)
+    chosen: dict[str, Any] = {"overrides": overrides, "only": only, "limit": limit, "accelerator": accelerator}
+    with _bar() as watch:
+        return _comparison(known, compare(known, data, out, watch=watch, **chosen), out)
 
 
 def _run_denoising(

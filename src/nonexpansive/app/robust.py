@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,11 @@ from nonexpansive.app.output import check_writable, write_json
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import certify
-from nonexpansive.math.rounding import above
+from nonexpansive.math.rounding import above, below
 from nonexpansive.nn.classifier import Classifier
 from nonexpansive.nn.descent import STEPS
 from nonexpansive.robust import Curve, Found, certify_classifier, evaluate, nearest, require_sound, search
-from nonexpansive.robust.attacks import ATTACKS
+from nonexpansive.robust.attacks import ATTACKS, require_package
 from nonexpansive.robust.curves import STANDARD
 from nonexpansive.robust.evaluate import Evaluation, pixels
 from nonexpansive.robust.radius import CertifiedClassifier
@@ -124,6 +125,8 @@ def certify_model(
             report.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"--report {report}: this folder cannot be made ({error.strerror})") from error
+        for name in ("curves.png", "report.md", "result.json"):
+            check_writable(report / name, suffixes=(".png", ".md", ".json"))
     evaluation = _evaluated(made, images, None)
     kinds = {"certified": Curve.of("certified", evaluation.certified)}
     if near is not None:
@@ -166,6 +169,9 @@ def certify_model(
         write_json(report / "result.json", result)
     if json_file is not None:
         write_json(json_file, result)
+    if report is not None and near is not None:
+        for rank in range(_world()):
+            _note(report, made, _share(images, rank), near)[0].unlink(missing_ok=True)
 
 
 def attack(
@@ -196,6 +202,10 @@ def attack(
     near = _descent(local, steps)
     if which not in ATTACKS:
         raise BadInput(f"--attack {which}: there are {', '.join(ATTACKS)}")
+    if which != "pgd":
+        require_package()
+    if not all(map(math.isfinite, epsilon or ())):
+        raise BadInput(f"--epsilon {max(epsilon or ())}: a finite number from 0 is expected")
     classifier = _classifier(checkpoint.load(model), model).requires_grad_(False)
     images = _images(classifier, model, data, source, limit)
     epsilons = sorted({0.0, *(epsilon or STANDARD[:1])})
@@ -249,22 +259,23 @@ def classify(
         check_writable(json_file, inputs=(photo,), suffixes=(".json",))
     if figure is not None:
         check_writable(figure, inputs=(photo,), suffixes=(".png", ".pdf", ".svg"))
+        require_package()
     began = time.perf_counter()
     picture = read_image(photo)
     classifier = _classifier(checkpoint.load(model), model).requires_grad_(False)
     x = fitted(picture.tensor, classifier.shape)[None]
     made = _made(classifier, False)
     local = made.only_global is None
-    prediction, radius = made.radii(x, local=local)
+    with err.status("certifying"):
+        prediction, radius = made.radii(x, local=local)
     logits = made.logits(x)[0]
     first, second = logits.topk(2).values.tolist()
     name = classifier.classes[int(prediction)]
     size = "x".join(map(str, classifier.shape[1:]))
     if tuple(picture.tensor.shape[1:]) != classifier.shape[1:]:
         out.print(f"the middle of the photograph, brought to {size}, is what is classified", markup=False)
-    out.print(
-        f"{name}: margin {first - second:.4f}, certain within {float(radius):.4f} (ℓ2, pixels in [0, 1])", markup=False
-    )
+    certain = f"certain within {below(float(radius), 4)}"
+    out.print(f"{name}: margin {first - second:.4f}, {certain} (ℓ2, pixels in [0, 1])", markup=False)
     result: dict[str, Any] = {
         "command": "classify", "photo": str(photo), "model": model, "class": name, "margin": first - second,
         "radius": float(radius), "logits": dict(zip(classifier.classes, logits.tolist(), strict=True)),
@@ -281,9 +292,10 @@ def classify(
         with torch.no_grad():
             other = classifier.classes[int(classifier(found.image).argmax())]
         distance = float(found.distance)
-        out.print(f"nearest picture of another class that was found: {other}, at {distance:.4f}", markup=False)
+        at = f"{other}, at {above(distance, 4)}"
+        out.print(f"nearest picture of another class that was found: {at}", markup=False)
         result |= {"adversary": other, "distance": distance}
-        adversary(figure, x, found.image, f"{name}, certain within {float(radius):.3f}", f"{other}, at {distance:.3f}")
+        adversary(figure, x, found.image, f"{name}, {certain}", at)
     if json_file is not None:
         write_json(json_file, result)
     written = ", ".join(str(path) for path in (figure, json_file) if path is not None)
@@ -348,9 +360,7 @@ def _images(classifier: Classifier, name: str, data: Path, source: str | None, l
     images = load_images(source, "test", data)
     if images.shape != classifier.shape:
         raise BadInput(f"{source} has images of shape {images.shape}, this classifier takes {classifier.shape}")
-    if len(images.classes) != len(classifier.classes):
-        raise BadInput(f"{source} has {len(images.classes)} classes, this classifier {len(classifier.classes)}")
-    return images[: limit or len(images)]
+    return images.among(classifier.classes)[: limit or len(images)]
 
 
 def _descent(local: bool, steps: int | None) -> int | None:
@@ -362,12 +372,9 @@ def _descent(local: bool, steps: int | None) -> int | None:
 
 def _evaluated(made: CertifiedClassifier, images: Any, steps: int | None, kept: Path | None = None) -> Evaluation:
     """The images certified, with ``steps`` of descent near each (None: by the Lipschitz constant). In the folder ``kept`` each process
-    notes what it has found near images after every batch, and begins with what is there of the same model, images and settings. Once
-    all is found that is gone."""
+    notes what it has found near images after every batch, and begins with what is there of the same model, images and settings."""
     if steps is not None and made.only_global is not None:
         raise BadInput(f"--local-bounds: no bound near an image is known through {made.only_global}, leave it out")
-
-    notes: list[Path] = []
 
     def certified(own: Any, tick: Callable[[int], None]) -> tuple[Tensor, ...]:
         if steps is None:
@@ -375,8 +382,7 @@ def _evaluated(made: CertifiedClassifier, images: Any, steps: int | None, kept: 
             return evaluation.label, evaluation.prediction, evaluation.radius
         found = {"prediction": own.labels[:0], "radius": torch.zeros(0, dtype=torch.float64)}
         if kept is not None:
-            asked = _asked(made, own, steps)
-            notes.append(path := kept / f"radii-{asked[:16]}.safetensors")
+            path, asked = _note(kept, made, own, steps)
             found = _noted(path, asked) or found
             tick(len(found["radius"]))
         for first in range(len(found["radius"]), len(own), NEAR):
@@ -387,19 +393,16 @@ def _evaluated(made: CertifiedClassifier, images: Any, steps: int | None, kept: 
                 sealed.write(path, RADII, found, {"asked": asked})
         return own.labels, found["prediction"], found["radius"]
 
-    evaluation = Evaluation(*_shared("certifying", images, certified))
-    for path in notes:
-        path.unlink(missing_ok=True)
-    return evaluation
+    return Evaluation(*_shared("certifying", images, certified))
 
 
-def _asked(made: CertifiedClassifier, images: Any, steps: int) -> str:
-    """A digest of all that decides what is found: the network, its certificate, the images of this process."""
+def _note(folder: Path, made: CertifiedClassifier, images: Any, steps: int) -> tuple[Path, str]:
+    """The file of a process's notes, and a digest of all that decides what is found: the network, its certificate, the images."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in made.model.state_dict().items()}
     shown = {"images": images.images.contiguous(), "labels": images.labels.contiguous()}
-    return sealed.digest(
-        tensors | shown, f"{nonexpansive.__version__} {made.arithmetic} {steps} {made.model} {made.certificate}"
-    )
+    settings = f"{nonexpansive.__version__} {made.arithmetic} {steps} {made.model} {made.certificate}"
+    asked = sealed.digest(tensors | shown, settings)
+    return folder / f"radii-{asked[:16]}.safetensors", asked
 
 
 def _noted(path: Path, asked: str) -> dict[str, Tensor] | None:
@@ -423,22 +426,31 @@ def _rank() -> int:
     return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
 
 
+def _world() -> int:
+    """How many processes `torchrun` started."""
+    return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
+
+
+def _share(images: Any, rank: int) -> Any:
+    """The images of one process."""
+    return images[torch.arange(rank, len(images), _world())]
+
+
 def _shared(
     what: str, images: Any, work: Callable[[Any, Callable[[int], None]], Sequence[Tensor]]
 ) -> tuple[Tensor, ...]:
     """What ``work(images, tick)`` gives for each image, where there are several processes by each for its share."""
-    several = torch.distributed.is_torchelastic_launched()
-    if several and not torch.distributed.is_initialized():
+    world = _world()
+    if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # they may be long at different attacks
         atexit.register(torch.distributed.destroy_process_group)
-    world = torch.distributed.get_world_size() if several else 1
     if len(images) < world:
         raise BadInput(f"{len(images)} images for {world} processes: start fewer")
-    own = images[torch.arange(_rank(), len(images), world)]
+    own = _share(images, _rank())
     with _progress(what, len(own)) as tick:
         mine = tuple(values.cpu() for values in work(own, tick))
     parts: list[Any] = [mine]
-    if several:
+    if world > 1:
         parts = [None] * world
         torch.distributed.all_gather_object(parts, mine)
     order = torch.cat([torch.arange(rank, len(images), world) for rank in range(world)]).argsort()

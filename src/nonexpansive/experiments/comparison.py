@@ -20,14 +20,15 @@ from nonexpansive.experiments.training import train
 from nonexpansive.math.certificate import certify
 from nonexpansive.nn.classifier import Classifier
 from nonexpansive.robust import Curve, Evaluation, certify_classifier, evaluate, pixels, require_sound, search
-from nonexpansive.train import LabelledImages, Run, load_images
+from nonexpansive.train import ClassifyTask, LabelledImages, Run, load_images
+from nonexpansive.train.config import ClassifyData
 
 FORMAT = "nonexpansive evaluation 1"
 POINTS = 40
 """Certified curves are drawn on so many points of [0, the largest ε], beside those of the table."""
 
-Watch = Callable[[str], None]
-"""Is told how far the evaluation of a network is."""
+Watch = Callable[[str, int, int], None]
+"""Is told what is being measured of a network, and how many of how many images are done."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,31 @@ def compare(
     Raises Diverging if the attack succeeds within a certified radius, BadInput, and what training raises.
     """
     chosen = wanted(only, [entry.name for entry in comparison.runs])
-    for entry in comparison.runs:
-        if entry.name not in chosen:
-            continue
-        run = Run.from_toml(shipped(entry.config), [*entry.set, *overrides])
-        weights = train(run, data, out / entry.folder, **options)
+    runs = {
+        entry: Run.from_toml(shipped(entry.config), [*entry.set, *overrides])
+        for entry in comparison.runs
+        if entry.name in chosen
+    }
+    if wrong := [entry.config for entry, run in runs.items() if not isinstance(run.data, ClassifyData)]:
+        raise BadInput(f"{wrong[0]} trains no classifier, which is what can be compared")
+    sources = dict.fromkeys(run.data.source for run in runs.values())
+    tests = {
+        source: load_images(source, "test", data) for source in sources
+    }  # what is wrong there is told before training
+    for entry, run in runs.items():
+        task = ClassifyTask.from_run(run, data)
+        images = tests[run.data.source].among(task.model_settings["classes"])
+        if list(images.shape) != task.model_settings["shape"]:
+            raise BadInput(
+                f"{run.data.source}: test images of shape {images.shape}, but {task.model_settings['shape']} to train on"
+            )
+        weights = train(run, task, out / entry.folder, **options)
         model = checkpoint.load(weights)
-        if not isinstance(model, Classifier):
-            raise BadInput(f"{entry.config} trains no classifier, which is what can be compared")
-        images = load_images(run.data.source, "test", data)
+        assert isinstance(model, Classifier)
         counts = [
             min(n or len(images), limit or len(images), len(images)) for n in (comparison.images, comparison.attacked)
         ]
-        judged = _judge(model, images[: counts[0]], min(counts), comparison, weights, watch or (lambda _: None))
+        judged = _judge(model, images[: counts[0]], min(counts), comparison, weights, watch or (lambda *_: None))
         yield _outcome(entry.name, model, judged, comparison.epsilons, weights)
 
 
@@ -150,8 +163,7 @@ def _judge(
     model = model.eval().requires_grad_(False)
     double = checkpoint.load(weights).double()
     made = certify_classifier(double, model.shape, arithmetic=torch.float64)
-    watch(f"certifying {len(images):,} images")
-    every = evaluate(made, images.images, images.labels)
+    every = evaluate(made, images.images, images.labels, watch=_counted(watch, "certifying", len(images)))
     x, y = pixels(images.images[:attacked]), images.labels[:attacked]
     distance = torch.full(y.shape, torch.inf, dtype=torch.float64).masked_fill(~every.correct[:attacked], 0.0)
     if kept:
@@ -161,12 +173,25 @@ def _judge(
         epsilon = comparison.epsilons[k]
         rows = ((distance > epsilon) & (every.certified[:attacked] < epsilon)).nonzero()[:, 0]
         if len(rows):
-            watch(f"attacking {len(rows):,} of {attacked:,} images at ε = {epsilon:.4g}")
-            found = search(model, x[rows], y[rows], [epsilon], comparison.attack)
+            tick = _counted(watch, f"attacking at ε = {epsilon:.4g}", len(rows))
+            found = search(model, x[rows], y[rows], [epsilon], comparison.attack, watch=tick)
             require_sound(made, Evaluation(every.label[rows], every.prediction[rows], every.radius[rows]), found)
             distance[rows] = torch.minimum(distance[rows], found.distance.cpu())
         sealed.write(path, FORMAT, kept, {"asked": asked, "done": k + 1})
     return kept
+
+
+def _counted(watch: Watch, what: str, total: int) -> Callable[[int], None]:
+    """Tells ``watch`` how many are done, given how many more are."""
+    done = 0
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        watch(what, done, total)
+
+    tick(0)
+    return tick
 
 
 def _kept(path: Path, asked: dict[str, Any]) -> tuple[dict[str, Tensor], int]:

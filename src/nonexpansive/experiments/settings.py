@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 from nonexpansive.train.config import apply_overrides, load_toml, read
 
@@ -74,7 +75,8 @@ class Ledger:
                     self.values[key] = value
                     lines.append(line)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with atomic(path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def __contains__(self, key: str) -> bool:
         return key in self.values

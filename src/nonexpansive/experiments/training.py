@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import statistics
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from nonexpansive import checkpoint
 from nonexpansive.errors import BadInput
 from nonexpansive.experiments.settings import Ledger
+from nonexpansive.math.certificate import certify
+from nonexpansive.nn.classifier import Classifier
 from nonexpansive.nn.models import build
 from nonexpansive.train import Run, Task, build_task, fit
 from nonexpansive.train.config import differences
@@ -25,13 +28,14 @@ TIMED = 6
 """The pace of a training is the median of so many steps, after as many that are not counted."""
 
 
-def train(run: Run, data: Path | str, out: Path | str, **options: Any) -> Path:
-    """The best weights of ``run`` on the data folder ``data``, trained in the folder ``out``, or taken up where that was left.
+def train(run: Run, data: Path | str | Task, out: Path | str, **options: Any) -> Path:
+    """The best weights of ``run`` on the data folder ``data`` (or its task), trained in the folder ``out``, or taken up from there.
 
     ``options`` as for :func:`~nonexpansive.train.fit`, which says what is raised. A finished run is not trained again.
     """
-    task = build_task(run, data)
+    task = build_task(run, data) if isinstance(data, (str, Path)) else data
     run, network = _network(run, task)
+    _try(network)
 
     def export(module: nn.Module, path: Path, about: dict[str, Any]) -> None:
         checkpoint.save(path, module, run.model, run.kwargs, about)
@@ -92,13 +96,30 @@ class _Stopwatch:
 
 
 def _network(run: Run, task: Task) -> tuple[Run, nn.Module]:
-    """The run with what the data decide of the model, and that model at its start."""
-    run = replace(run, kwargs={**getattr(task, "model_settings", {}), **run.kwargs})
+    """The run with what the data decide of the model, and that model at its start. Raises BadInput where the run says otherwise."""
+    decided = getattr(task, "model_settings", {})
+    for key in decided:
+        stated = run.kwargs.get(key, decided[key])
+        if stated != decided[key] and stated != len(decided[key]):
+            raise BadInput(f"model.{key} = {stated}, but the data say {decided[key]}: leave it out")
+    run = replace(run, kwargs={**run.kwargs, **decided})
     torch.manual_seed(run.train.seed)
     network = build(run.model, **run.kwargs)
     if run.train.start:
         _begin(network, run)
     return run, network
+
+
+@torch.no_grad()
+def _try(network: nn.Module) -> None:
+    """Raises what the first validation of a classifier would: where it cannot be certified, or evaluated."""
+    if isinstance(network, Classifier):
+        still = copy.deepcopy(network).eval()
+        certify(still.features, still.shape)
+        try:
+            still(torch.zeros(2, *still.shape))
+        except RuntimeError as error:
+            raise BadInput(f"the network fails on pictures of shape {still.shape}: {error}") from error
 
 
 def _begin(network: nn.Module, run: Run) -> None:

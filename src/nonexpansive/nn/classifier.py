@@ -274,10 +274,16 @@ def flow_classifier(
 
     layers: list[nn.Module] = [Centre(mean if mean is not None else [0.5] * shape[0])]
     channels, height, width = shape
+    if not isinstance(stages, Sequence) or not all(isinstance(stage, dict) for stage in stages):
+        raise BadInput(
+            f"stages is a list of tables, such as {{unshuffle = 2, channels = 64, kernels = [3]}}; not {stages!r}"
+        )
     for stage in stages:
         if unknown := set(stage) - {"unshuffle", "channels", "kernels", "neurons"}:
             raise BadInput(f"a stage has unshuffle, channels, kernels and neurons, but no {', '.join(sorted(unknown))}")
         factor, kernels = int(stage.get("unshuffle", 1)), list(stage.get("kernels", []))  # type: ignore[call-overload]
+        if factor < 1 or any(type(kernel) is not int or kernel < 1 for kernel in kernels):
+            raise BadInput(f"unshuffle is a factor and kernels a list of sizes, whole numbers from 1; not {stage}")
         if height % factor or width % factor:
             raise BadInput(
                 f"a picture of {height}x{width} cannot be unshuffled by {factor}: take a divisor of its sides"

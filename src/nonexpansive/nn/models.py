@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nonexpansive.errors import BadInput, Refused
+from nonexpansive.errors import BadInput, NonexpansiveError, Refused
 from nonexpansive.math.certificate import Certificate, Shape, entries, fold, rule, split_averaged
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import root, times, up
@@ -325,4 +325,9 @@ def build(architecture: str, **config: Any) -> nn.Module:
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise BadInput(f"{architecture} takes no {', '.join(unknown)}; its settings are {', '.join(known)}")
-    return ARCHITECTURES[architecture](**config)
+    try:
+        return ARCHITECTURES[architecture](**config)
+    except NonexpansiveError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+        raise BadInput(f"{architecture} cannot be built with {config}: {error}") from error

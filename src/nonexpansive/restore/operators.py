@@ -508,7 +508,9 @@ def _tomography(
 
     channels, side, other = image_shape
     if side != other or side < 2 + circle:
-        raise BadInput(f"tomography takes square pictures of side {2 + circle} and more, not {side} x {other}: crop or pad it")
+        raise BadInput(
+            f"tomography takes square pictures of side {2 + circle} and more, not {side} x {other}: crop or pad it"
+        )
     if not isinstance(angles, int) or angles < 1:
         raise BadInput(f"angles is a number of angles, from 1, not {angles!r}")
     theta: Any = torch.arange(angles, dtype=torch.float64) * (180 / angles)

@@ -276,16 +276,21 @@ def _check(model: nn.Module, x: Tensor) -> None:
         raise BadInput("the network is in training mode: call .eval() before attacking it")
 
 
+def require_package() -> None:
+    """Raises BadInput where the package of the ensemble (and of ``nearest``) is not installed."""
+    try:
+        import pyautoattack  # noqa: F401
+    except ImportError as error:
+        raise BadInput(
+            "this attack needs the package pyautoattack: pip install 'nonexpansive[attack]', or take the attack pgd"
+        ) from error
+
+
 @contextmanager
 def _attacking(model: nn.Module, x: Tensor, seed: int, package: bool) -> Iterator[None]:
     """Random numbers of a seed (pyautoattack sets seeds of its own), and no gradients of the weights, which no attack needs."""
     if package:
-        try:
-            import pyautoattack  # noqa: F401
-        except ImportError as error:
-            raise BadInput(
-                "this attack needs the package pyautoattack: pip install 'nonexpansive[attack]', or take the attack pgd"
-            ) from error
+        require_package()
     needing = [p for p in model.parameters() if p.requires_grad]
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
         torch.manual_seed(seed)

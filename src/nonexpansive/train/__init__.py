@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from nonexpansive.errors import Interrupted
 from nonexpansive.train.config import ClassifyData, DenoiseData, Run, TrainConfig, apply_overrides
 from nonexpansive.train.data import Patches, PhotoFolder
 from nonexpansive.train.images import LabelledImages, load_images
-from nonexpansive.train.loop import Interrupted, TrainingFailed, fit
+from nonexpansive.train.loop import TrainingFailed, fit
 from nonexpansive.train.tasks import ClassifyTask, DenoiseTask, Task, build_task
 
 __all__ = [

@@ -6,6 +6,7 @@ All give uint8 images of one size with their labels and the names of the classes
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +60,18 @@ class LabelledImages:
 
     def __getitem__(self, index: Tensor | slice) -> LabelledImages:
         return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def among(self, classes: Sequence[str]) -> LabelledImages:
+        """The same images, their labels numbered as in ``classes``: by name, or by number where this data set knows no names but
+        "0", "1", ... Raises BadInput for a class that is not there."""
+        if unknown := [name for name in self.classes if name not in classes]:
+            if self.classes != tuple(map(str, range(len(self.classes)))) or len(self.classes) > len(classes):
+                raise BadInput(
+                    f"class {unknown[0]!r} is none of the {len(classes)} that the classifier knows: {', '.join(classes)}"
+                )
+            return replace(self, classes=tuple(classes))
+        number = torch.tensor([classes.index(name) for name in self.classes])
+        return replace(self, labels=number[self.labels], classes=tuple(classes))
 
     def divided(self, fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
         """(the larger part, the held-out ``fraction``), drawn by ``seed``. Raises BadInput where either would be empty."""
@@ -115,6 +128,10 @@ def _npz(path: Path, split: Split, classes: Sequence[str] | None) -> LabelledIma
             images, labels = (file[key] for key in keys)
             if "classes" in file:
                 classes = [str(name) for name in file["classes"]]
+            elif classes is None:  # as many as the labels of both splits tell
+                both = [file[key] for key in ("y_train", "y_test") if key in file]
+                most = max(int(each.max(initial=0)) for each in both if np.issubdtype(each.dtype, np.integer))
+                classes = [str(i) for i in range(most + 1)]
     except BadInput:
         raise
     except Exception as error:  # whatever zip and numpy make of a damaged file
@@ -151,7 +168,7 @@ def _idx(folder: Path, stem: str) -> np.ndarray | None:
                     content = file.read()
                 sizes = np.frombuffer(content, ">i4", content[3], 4)
                 return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes).copy()
-            except (OSError, EOFError, ValueError, IndexError) as error:
+            except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
                 raise BadInput(f"{path}: damaged, or no file of MNIST's format ({error}); fetch it again") from error
     return None
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from nonexpansive import sealed
 from nonexpansive.allocator import keep_memory
 from nonexpansive.atomic import atomic
-from nonexpansive.errors import BadCheckpoint, BadInput, NonexpansiveError
+from nonexpansive.errors import BadCheckpoint, BadInput, Interrupted, NonexpansiveError, Refused
 from nonexpansive.nn.flow import project
 from nonexpansive.train.config import Run, TrainConfig, differences
 from nonexpansive.train.data import key, prefetch
@@ -46,10 +46,6 @@ KEPT = 2
 
 FREE = ("checkpoint_minutes", "log_every")
 """The training settings that may change when a run resumes: they leave the weights as they would have been."""
-
-
-class Interrupted(NonexpansiveError):
-    """The run was asked to stop (SIGTERM or SIGINT), saved a checkpoint and stopped."""
 
 
 class TrainingFailed(NonexpansiveError, RuntimeError):
@@ -116,7 +112,12 @@ def fit(
             rate = learning_rate(config, step)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss = task.loss(wrapped, _to_device(fabric, batch, config.channels_last))
+            try:
+                loss = task.loss(wrapped, _to_device(fabric, batch, config.channels_last))
+            except Refused as error:
+                if state.step == start:
+                    raise  # of the network as it was given
+                raise TrainingFailed(f"at step {state.step + 1}: {error} {_remedy(out)}") from error
             fabric.backward(loss)
             if config.clip:
                 fabric.clip_gradients(wrapped, optimiser, max_norm=config.clip, error_if_nonfinite=False)
