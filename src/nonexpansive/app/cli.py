@@ -18,7 +18,7 @@ from nonexpansive import checkpoint
 from nonexpansive.allocator import keep_memory
 from nonexpansive.app.experiments import experiment
 from nonexpansive.app.images import read_image, write_like
-from nonexpansive.app.output import check_writable, write_json
+from nonexpansive.app.output import check_writable, err, out, write_json
 from nonexpansive.app.restore import restore
 from nonexpansive.app.robust import attack, certify_model, classify
 from nonexpansive.app.runs import (
@@ -34,10 +34,8 @@ from nonexpansive.app.runs import (
     ceil,
     check_outputs,
     compare,
-    err,
     finish,
     iterate,
-    out,
     show_certificate,
     show_plan,
     the_denoiser,

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nonexpansive.app.curves import accuracies, growth, iterations
 from nonexpansive.app.figures import gallery
-from nonexpansive.app.output import write_json
+from nonexpansive.app.output import err, out, write_json
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 from nonexpansive.experiments import listed, shipped
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 Report = tuple[str, dict[str, Any], list[str]]
 """The text of a report, the same as plain values, and the names of its figures."""
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ATTACK = {
     "pgd": ("PGD", "5 restarts of 100 steps, on the cross-entropy and on the margin in turn"),

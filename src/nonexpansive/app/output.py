@@ -1,4 +1,4 @@
-"""Results on the disk: whole or not at all, and never upon an input."""
+"""What a user gets: text on the console, results on the disk, whole or not at all and never upon an input."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 

@@ -16,7 +16,7 @@ import typer
 from torch import Tensor
 
 from nonexpansive.app.images import Photograph, read_image, write_like
-from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, write_json
+from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, out, write_json
 from nonexpansive.app.runs import (
     MAX_SEED,
     Accelerated,
@@ -32,7 +32,6 @@ from nonexpansive.app.runs import (
     compare,
     finish,
     iterate,
-    out,
     show_plan,
     the_denoiser,
     whole,

@@ -16,14 +16,13 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import nonexpansive
 from nonexpansive import checkpoint, sealed
 from nonexpansive.app.images import read_image
-from nonexpansive.app.output import check_writable, write_json
+from nonexpansive.app.output import check_writable, err, out, write_json
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import certify
@@ -42,8 +41,6 @@ RADII = "nonexpansive radii 1"
 NEAR = 32
 """Images at a time, near which margins are bounded."""
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Argument(help="A shipped model (see `nonexpansive models`) or a .safetensors file.")]
 Data = Annotated[

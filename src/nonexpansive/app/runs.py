@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from nonexpansive import checkpoint
-from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, write_json
+from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, err, out, write_json
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import Certificate
 from nonexpansive.math.rounding import above
@@ -25,10 +24,8 @@ from nonexpansive.restore.iterate import NOT_CERTIFIED, Acceleration, Descent, R
 from nonexpansive.restore.restoration import Plan
 from nonexpansive.restore.tiles import Tiled
 
-out = Console(highlight=False, soft_wrap=True)
 MAX_SEED = 2**63 - 1
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Model = Annotated[
     str | None,
