@@ -121,10 +121,8 @@ def compare(
     }
     if wrong := [entry.config for entry, run in runs.items() if not isinstance(run.data, ClassifyData)]:
         raise BadInput(f"{wrong[0]} trains no classifier, which is what can be compared")
-    sources = dict.fromkeys(run.data.source for run in runs.values())
-    tests = {
-        source: load_images(source, "test", data) for source in sources
-    }  # what is wrong there is told before training
+    # first, so that what is wrong there is told before anything is trained
+    tests = {source: load_images(source, "test", data) for source in {run.data.source for run in runs.values()}}
     for entry, run in runs.items():
         task = ClassifyTask.from_run(run, data)
         images = tests[run.data.source].among(task.model_settings["classes"])
