@@ -148,6 +148,7 @@ def test_depth_measured_is_below_certified_and_flows_do_not_grow(
             assert row["certified"] <= 1
     assert [w["measured"] == pytest.approx(2 ** w["depth"]) for w in result["worst_case"]] == [True, True]
     report = (tmp_path / "report.md").read_text()
+    assert report.count(" ± ") == 1 + len(rows)
     assert "| 6 | gradient flow" in report and "--limit 6" in report
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 

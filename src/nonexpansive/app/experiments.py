@@ -280,6 +280,7 @@ def _comparison(comparison: Comparison, results: Iterable[Outcome], folder: Path
 
 def _depth(results: Iterable[Trained], folder: Path) -> Report:
     from nonexpansive.experiments.depth import steepest, worst_case
+    from nonexpansive.robust import Curve
 
     trained, rows = [], []
     for t in results:
@@ -287,14 +288,22 @@ def _depth(results: Iterable[Trained], folder: Path) -> Report:
         found, proved = f"{t.measured:.4g}", f"{t.certified:.4g}"
         out.print(f"depth {t.depth}, {kind}: Lipschitz constant between {found} and {proved}", markup=False)
         trained.append(t)
-        rows.append([str(t.depth), kind, f"{100 * t.right / t.tested:.1f}", found, proved, f"{t.norm:.4f}"])
+        (right,) = _cells(Curve("right", (0.0,), (t.right,), t.tested), [0.0])
+        rows.append([str(t.depth), kind, right, found, proved, f"{t.norm:.4f}"])
     worst = []
     for depth in sorted({t.depth for t in trained}):
         net = worst_case(4, depth).double().requires_grad_(False)
         found = steepest(net, torch.ones(1, 4, dtype=torch.float64))
         worst.append({"depth": depth, "measured": found, "certified": certify(net, (4,)).lipschitz})
     growth(folder / "curves.png", trained, [(w["depth"], w["measured"]) for w in worst])
-    head = ["depth", "blocks", "test accuracy, %", "Lipschitz constant: found ≥", "certified ≤", "largest ‖W‖ ≤"]
+    head = [
+        "depth",
+        "blocks",
+        "test accuracy, %, ± 95 % interval",
+        "Lipschitz constant: found ≥",
+        "certified ≤",
+        "largest ‖W‖ ≤",
+    ]
     lines = [
         "# Depth: residual networks on the digits, every weight at spectral norm 1", "", *_table(head, rows), "",
         "The worst case, x + Iσ(Ix) with σ the ReLU, attains the bound:", "",
