@@ -278,9 +278,28 @@ def test_what_is_wrong_with_the_test_images_is_told_before_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_wrong_with_a_later_run_is_told_before_the_first_is_trained(tmp_path: Path) -> None:
+    x, y = np.zeros((4, 8, 8), np.uint8), np.arange(4) % 2
+    known = own_data(tmp_path, x_test=x, y_test=y)
+    second = Entry("b", known.runs[0].config, ("model.stages=3",))
+    with pytest.raises(BadInput, match="list of tables"):
+        list(compare(replace(known, runs=(*known.runs, second)), tmp_path, tmp_path / "out", **QUICK))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_may_name_the_classes(tmp_path: Path) -> None:
+    config = own_data(tmp_path).runs[0].config
+    for setting, names in (('model.classes=["low","high"]', ("low", "high")), ("model.classes=2", ("0", "1"))):
+        run = Run.from_toml(config, (setting, "train.steps=1"))
+        model = checkpoint.load(train(run, tmp_path, tmp_path / names[0], **QUICK))
+        assert isinstance(model, Classifier) and tuple(model.classes) == names
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
+        ("model.shape=3", "leave it out"),
+        ("model.shape=[1,9,9]", "leave it out"),
         ("model.stages=3", "list of tables"),
         ("model.stages=[1]", "list of tables"),
         ("model.stages=[{unshuffle=0}]", "whole numbers from 1"),

@@ -147,6 +147,20 @@ def test_labels_are_renumbered_by_name() -> None:
     assert numbered.labels.tolist() == [0, 1, 1] and numbered.classes == ("bird", "cat", "dog")
     with pytest.raises(BadInput, match="none of the 1"):
         replace(images, classes=("0", "1")).among(("bird",))
+    assert images.among(("0", "1")).labels.tolist() == [0, 1, 1]  # the classifier knows none
+    with pytest.raises(BadInput, match="'dog' is none of the 3"):
+        images.among(("0", "1", "2"))
+    # of one name, but of one order
+    twice = replace(images, classes=("crane", "crane"))
+    assert twice.among(("crane", "crane")).labels.tolist() == [0, 1, 1]
+    with pytest.raises(BadInput, match="a name of its own"):
+        twice.among(("crane", "bird"))
+
+
+def test_labels_that_are_no_numbers_are_told_as_such(tmp_path: Path) -> None:
+    np.savez(tmp_path / "own.npz", x_train=np.zeros((4, 5, 5), np.uint8), y_train=np.zeros(4))
+    with pytest.raises(BadInput, match="labels of type float64"):
+        load_images("own.npz", "train", tmp_path)
 
 
 def test_a_named_set_is_taken_from_an_npz_of_that_name_first(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_measurements_from_arrays(monkeypatch, tmp_path, models, name, settings,
 def test_whole_numbers_are_grey_values_and_gradients_no_hindrance(monkeypatch, tmp_path, models):
     """The same picture as floats, as 8 and 16 bits, and as a parameter: restored alike, and drawn."""
     grey = (scene(1) * 255).round()
-    np.save(tmp_path / "a.npy", grey.numpy() / 255)
+    np.save(tmp_path / "a.npy", grey.numpy() / 255 * np.float32(1.00001))  # rounded elsewhere
     np.save(tmp_path / "b.npy", grey.numpy().astype(np.uint8))
     np.save(tmp_path / "c.npy", grey.numpy().astype(np.uint16) * 257)
     torch.save(torch.nn.Parameter(grey / 255), tmp_path / "d.pt")
@@ -274,6 +274,8 @@ def test_a_folder_is_restored_file_by_file(monkeypatch, tmp_path, models, capsys
         ({"--strength": "1.2"}, 4, "1.11"),
         ({"--poisson": "0.1", "--noise": "0", "--box": "0,1"}, 4, "without a box"),
         ({"--level": "0"}, 3, "a level above 0"),
+        ({"--noise": "25"}, 3, "between 0 and 1"),
+        ({"--physics": "tomography", "--set": "angles=9", "--noise": "1e200"}, 3, "1e+06"),
         ({"--seed": 2**64}, 2, "--seed"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -83,8 +83,9 @@ def experiment(
         torch.set_num_threads(threads)
     if torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
         raise BadInput(
-            "an experiment measures in one process: train its networks with `torchrun ... nonexpansive.app.cli train CONFIG -o DIR/RUN` "
-            "(RUN its name in the experiment), from where the experiment takes them up"
+            "an experiment measures in one process. Its networks may be trained by several first, and are taken up from there: "
+            "`torchrun ... -m nonexpansive.app.cli train CONFIG --data DATA -o DIR/NAME --set ...`, with the config, the settings and "
+            "the name of a run, a - for each space in that"
         )
     if name == "depth" and only:
         raise BadInput("--only chooses among the networks of a comparison; those of depth are bounded by --limit")

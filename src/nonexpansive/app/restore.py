@@ -51,6 +51,12 @@ MAX_BYTES = 4 * 2**30
 SEEN = ("blur", "downsample", "inpaint")
 """Forward models whose data are pictures."""
 
+ROUNDED = 1e-2
+"""So far outside [0, 1] values of a clean picture are taken for rounded, and brought back."""
+
+LOUDEST = 1e6
+"""No noise is louder, where data have a unit of their own."""
+
 WHITE = {torch.uint8: 255, torch.uint16: 65535}
 
 
@@ -159,7 +165,7 @@ def restore(
     is measured first, so that PSNR and SSIM can be told. A folder is restored file by file.
     """
     began = time.perf_counter()
-    nu = noise_level(noise, math.inf)
+    nu = noise_level(noise, 1.0 if physics in SEEN else LOUDEST)
     if background and poisson is None:
         raise BadInput("--background belongs to photon noise: give --poisson GAIN as well")
     likelihood: Likelihood = Gaussian(nu) if poisson is None else Poisson(poisson, background, nu)
@@ -213,11 +219,12 @@ def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, A
             "or the seed that it was drawn from, --set seed=..."
         )
     given, picture = _read(job.source, job.degraded or job.physics in SEEN)
-    if job.degraded and not bool(((given >= 0) & (given <= 1)).all()):
+    if job.degraded and not bool(((given >= -ROUNDED) & (given <= 1 + ROUNDED)).all()):
         raise BadInput(
             f"{job.source} is to be a clean picture, of values in [0, 1]; these lie in [{float(given.min()):g}, {float(given.max()):g}]: "
             "subtract the black level and divide by the white level"
         )
+    given = given.clamp(0, 1) if job.degraded else given
     clean = given[None] if job.degraded else None
     shape = tuple(given.shape) if job.degraded else _unknown(job, tuple(given.shape))
     data = forward_model(job.physics, shape, **job.settings)

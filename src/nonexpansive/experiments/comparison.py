@@ -16,7 +16,7 @@ from nonexpansive import checkpoint, sealed
 from nonexpansive.errors import BadInput
 from nonexpansive.experiments import shipped
 from nonexpansive.experiments.settings import Entry, load, require_named, wanted
-from nonexpansive.experiments.training import train
+from nonexpansive.experiments.training import check, train
 from nonexpansive.math.certificate import certify
 from nonexpansive.nn.classifier import Classifier
 from nonexpansive.robust import Curve, Evaluation, certify_classifier, evaluate, pixels, require_sound, search
@@ -125,11 +125,11 @@ def compare(
     tests = {source: load_images(source, "test", data) for source in {run.data.source for run in runs.values()}}
     for entry, run in runs.items():
         task = ClassifyTask.from_run(run, data)
-        images = tests[run.data.source].among(task.model_settings["classes"])
-        if list(images.shape) != task.model_settings["shape"]:
-            raise BadInput(
-                f"{run.data.source}: test images of shape {images.shape}, but {task.model_settings['shape']} to train on"
-            )
+        _matched(tests[run.data.source], task)
+        check(run, task, out / entry.folder)
+    for entry, run in runs.items():
+        task = ClassifyTask.from_run(run, data)
+        images = _matched(tests[run.data.source], task)
         weights = train(run, task, out / entry.folder, **options)
         model = checkpoint.load(weights)
         assert isinstance(model, Classifier)
@@ -138,6 +138,13 @@ def compare(
         ]
         judged = _judge(model, images[: counts[0]], min(counts), comparison, weights, watch or (lambda *_: None))
         yield _outcome(entry.name, model, judged, comparison.epsilons, weights)
+
+
+def _matched(images: LabelledImages, task: ClassifyTask) -> LabelledImages:
+    """The test images, their classes numbered as those to train on. Raises BadInput where they are of others, or of another shape."""
+    if images.shape != task.train.shape:
+        raise BadInput(f"test images of shape {images.shape}, but of shape {task.train.shape} to train on")
+    return images.among(task.train.classes)
 
 
 def _judge(

@@ -8,6 +8,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def train(run: Run, data: Path | str | Task, out: Path | str, **options: Any) ->
     ``options`` as for :func:`~nonexpansive.train.fit`, which says what is raised. A finished run is not trained again.
     """
     task = build_task(run, data) if isinstance(data, (str, Path)) else data
+    check(run, task, out)
     run, network = _network(run, task)
-    _try(network)
 
     def export(module: nn.Module, path: Path, about: dict[str, Any]) -> None:
         checkpoint.save(path, module, run.model, run.kwargs, about)
@@ -96,13 +97,17 @@ class _Stopwatch:
 
 
 def _network(run: Run, task: Task) -> tuple[Run, nn.Module]:
-    """The run with what the data decide of the model, and that model at its start. Raises BadInput where the run says otherwise."""
+    """The run with what the data decide of the model, and that model at its start. Raises BadInput where the run says otherwise; it may
+    name the classes."""
     decided = getattr(task, "model_settings", {})
-    for key in decided:
-        stated = run.kwargs.get(key, decided[key])
-        if stated != decided[key] and stated != len(decided[key]):
-            raise BadInput(f"model.{key} = {stated}, but the data say {decided[key]}: leave it out")
-    run = replace(run, kwargs={**run.kwargs, **decided})
+    shape, classes = run.kwargs.get("shape"), run.kwargs.get("classes")
+    if decided and shape is not None and (not isinstance(shape, Sequence) or list(shape) != list(decided["shape"])):
+        raise BadInput(f"model.shape = {shape}, but the images have {decided['shape']}: leave it out")
+    if decided and classes is not None:
+        count = classes if isinstance(classes, int) else len(classes)
+        if count != len(decided["classes"]):
+            raise BadInput(f"model.classes = {classes}, but the data have {len(decided['classes'])}: leave it out")
+    run = replace(run, kwargs={**decided, **run.kwargs})
     torch.manual_seed(run.train.seed)
     network = build(run.model, **run.kwargs)
     if run.train.start:
@@ -110,9 +115,15 @@ def _network(run: Run, task: Task) -> tuple[Run, nn.Module]:
     return run, network
 
 
+def check(run: Run, task: Task, out: Path | str) -> None:
+    """Raises what the start of a training or its first validation would, where nothing was trained in ``out`` yet: for settings that
+    make no network, and for a classifier that cannot be certified or evaluated."""
+    if not any(Path(out).glob("checkpoint-*")):
+        _try(_network(run, task)[1])
+
+
 @torch.no_grad()
 def _try(network: nn.Module) -> None:
-    """Raises what the first validation of a classifier would: where it cannot be certified, or evaluated."""
     if isinstance(network, Classifier):
         still = copy.deepcopy(network).eval()
         certify(still.features, still.shape)

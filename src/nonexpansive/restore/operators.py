@@ -293,13 +293,14 @@ def _filtered(image_shape: tuple[int, int, int], k: Tensor, factor: int, boundar
         raise BadInput(f"the boundary must be one of {', '.join(boundaries)}, not {boundary!r}")
     channels, *size = image_shape
     rows, columns = size
+    height, width = k.shape
     if boundary != "valid":  # deepinv's adjoints need kernels of three pixels: zeros about it change nothing
         around = {1: (1, 1), 2: (0, 1)}
         h, w = (around.get(side, (0, 0)) for side in k.shape)
         k = torch.nn.functional.pad(k, (*w, *h))
     if k.shape[0] > rows or k.shape[1] > columns:
         raise BadInput(
-            f"the kernel ({k.shape[0]} x {k.shape[1]}) is larger than the picture ({rows} x {columns}): "
+            f"the kernel ({height} x {width}) is larger than the picture ({rows} x {columns}), or that has fewer than 3 pixels a side: "
             "take a smaller kernel or a larger picture"
         )
 

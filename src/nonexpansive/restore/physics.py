@@ -313,8 +313,8 @@ def noise_level(text: str, most: float = 1.0) -> float:
         level = level / float(scale) if slash else level
     except (ValueError, ZeroDivisionError):
         level = math.nan
-    if not 0 <= level <= most or level == math.inf:
-        limits = f"between 0 and {most:g} (white)" if most == 1 else "from 0 (1: white)"
+    if not 0 <= level <= most:
+        limits = "between 0 and 1 (white)" if most == 1 else f"between 0 and {most:g} (1: white)"
         raise BadInput(
             f"noise level {text!r}: a standard deviation {limits} is expected, "
             "as a share (0.01), in percent (1%) or on a scale (2.55/255)"

@@ -282,7 +282,7 @@ def require_package() -> None:
         import pyautoattack  # noqa: F401
     except ImportError as error:
         raise BadInput(
-            "this attack needs the package pyautoattack: pip install 'nonexpansive[attack]', or take the attack pgd"
+            "this needs the package pyautoattack (pip install 'nonexpansive[attack]'); the attack pgd does not"
         ) from error
 
 

@@ -62,16 +62,24 @@ class LabelledImages:
         return replace(self, images=self.images[index], labels=self.labels[index])
 
     def among(self, classes: Sequence[str]) -> LabelledImages:
-        """The same images, their labels numbered as in ``classes``: by name, or by number where this data set knows no names but
-        "0", "1", ... Raises BadInput for a class that is not there."""
-        if unknown := [name for name in self.classes if name not in classes]:
-            if self.classes != tuple(map(str, range(len(self.classes)))) or len(self.classes) > len(classes):
-                raise BadInput(
-                    f"class {unknown[0]!r} is none of the {len(classes)} that the classifier knows: {', '.join(classes)}"
-                )
-            return replace(self, classes=tuple(classes))
-        number = torch.tensor([classes.index(name) for name in self.classes])
-        return replace(self, labels=number[self.labels], classes=tuple(classes))
+        """The same images, their labels numbered as in ``classes``: by name, or by number where one side knows no names but "0", "1", ...
+        Raises BadInput for a class that is not there, and for names that cannot be told apart."""
+        theirs = tuple(classes)
+        if theirs == self.classes:
+            return self
+        unknown = [name for name in self.classes if name not in theirs]
+        numbered = _numbered(self.classes) and len(self.classes) <= len(theirs)
+        if unknown and (numbered or (_numbered(theirs) and len(self.classes) == len(theirs))):
+            return replace(self, classes=theirs)
+        if unknown:
+            known = ", ".join(theirs[:20]) + (", ..." if len(theirs) > 20 else "")
+            raise BadInput(f"class {unknown[0]!r} is none of the {len(theirs)} that the classifier knows: {known}")
+        if len(set(theirs)) < len(theirs) or len(set(self.classes)) < len(self.classes):
+            raise BadInput(
+                "classes of one name cannot be matched with those of the classifier: give each a name of its own"
+            )
+        number = torch.tensor([theirs.index(name) for name in self.classes])
+        return replace(self, labels=number[self.labels], classes=theirs)
 
     def divided(self, fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
         """(the larger part, the held-out ``fraction``), drawn by ``seed``. Raises BadInput where either would be empty."""
@@ -119,6 +127,10 @@ CLASSES = {
 }  # fmt: skip
 
 
+def _numbered(classes: Sequence[str]) -> bool:
+    return list(classes) == [str(i) for i in range(len(classes))]
+
+
 def _npz(path: Path, split: Split, classes: Sequence[str] | None) -> LabelledImages:
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -130,7 +142,9 @@ def _npz(path: Path, split: Split, classes: Sequence[str] | None) -> LabelledIma
                 classes = [str(name) for name in file["classes"]]
             elif classes is None:  # as many as the labels of both splits tell
                 both = [file[key] for key in ("y_train", "y_test") if key in file]
-                most = max(int(each.max(initial=0)) for each in both if np.issubdtype(each.dtype, np.integer))
+                most = max(
+                    (int(each.max(initial=0)) for each in both if np.issubdtype(each.dtype, np.integer)), default=0
+                )
                 classes = [str(i) for i in range(most + 1)]
     except BadInput:
         raise
