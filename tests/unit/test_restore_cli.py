@@ -135,7 +135,7 @@ def test_whole_numbers_are_grey_values_and_gradients_no_hindrance(monkeypatch, t
         assert figure.stat().st_size > 1000
         restored.append(torch.from_numpy(np.load(out)))
     for other in restored[1:]:
-        torch.testing.assert_close(other, restored[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(other, restored[0], atol=1e-4, rtol=0)
 
 
 def test_names_are_shown_as_they_are(monkeypatch, tmp_path, models, photos, capsys):
