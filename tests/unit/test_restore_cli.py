@@ -19,7 +19,8 @@ from nonexpansive.app import cli
 from nonexpansive.app.images import read_image, write_image
 from nonexpansive.nn.models import build
 from nonexpansive.restore.iterate import NOT_CERTIFIED
-from nonexpansive.restore.operators import forward_model
+from nonexpansive.restore.operators import Operator, forward_model
+from nonexpansive.restore.restoration import STRENGTH, plan
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,19 @@ def test_measurements_from_arrays(monkeypatch, tmp_path, models, name, settings,
     common = ("--model", models[1], "-s", "1%", "-o", out, "--iterations", 30)
     assert run(monkeypatch, source, "-p", name, *given, *options, *common) == 0
     assert np.load(out).shape == ((1, 20, 20) if settings.get("boundary") == "valid" else (1, 24, 24))
+
+
+@pytest.mark.parametrize("method", ["red", "primal-dual"])
+def test_the_level_is_in_the_unit_of_the_picture(method: str) -> None:
+    """Data of c·A with noise of c·ν say as much as those of A with ν; and where ‖A‖ is above 1 the level is one of pictures."""
+    denoiser = build("denoiser", channels=1, features=12, blocks=2).eval()
+    A = forward_model("tomography", (1, 16, 16), angles=8)
+    job = plan(A.A(scene(1, 16, 16)[None]), A, denoiser, 0.9, method=method, relax=True)
+    assert A.norm > 5 and job.sigma == pytest.approx(STRENGTH[method].factor * 0.9 / A.norm)  # type: ignore[index]
+    loud = Operator(lambda x: 3 * A.A(x), A.image_shape, A.data_shape, 3 * A.norm)
+    other = plan(3 * A.A(scene(1, 16, 16)[None]), loud, denoiser, 2.7, method=method, relax=True)
+    assert other.sigma == pytest.approx(job.sigma)
+    assert other.tau * loud.lipschitz == pytest.approx(job.tau * A.lipschitz)
 
 
 def test_whole_numbers_are_grey_values_and_gradients_no_hindrance(monkeypatch, tmp_path, models):
