@@ -1,6 +1,6 @@
 """How far the rule for the prior's strength is from the best of a grid, model by model: ``python benchmarks/strength.py --data DIR``.
 
-The rule (``nonexpansive.restore.STRENGTH``) knows the noise alone and was tuned for deblurring. Here it meets other forward
+The rule (``nonexpansive.restore.STRENGTH``) knows the noise and ‖A‖ alone and was tuned for deblurring. Here it meets other forward
 models, on crops of photographs, beside a grid of levels (in units of the noise) and trusts, of which the best is chosen *with*
 the clean pictures.
 """

@@ -46,7 +46,7 @@ STRENGTH: dict[Method, Strength] = {
     method: _HALF_QUADRATIC if method == "half-quadratic" else _SHARED for method in METHODS
 }
 """Chosen for deblurring by half-quadratic and forward-backward, on training photographs and other kernels than those reported (see
-docs/training.md); from the noise alone, not per picture. The others take it over untuned."""
+docs/training.md); from the noise and ‖A‖ alone, not per picture. The others take it over untuned."""
 
 SHARP_TRUST = 3.0
 """``trust`` of these two methods where the forward model is no blur (benchmarks/strength.py)."""
