@@ -17,8 +17,9 @@ from nonexpansive import certify, checkpoint
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.experiments import comparison, depth, listed, shipped
 from nonexpansive.experiments.comparison import Comparison, averaging, compare
-from nonexpansive.experiments.depth import steepest, worst_case
+from nonexpansive.experiments.depth import worst_case
 from nonexpansive.experiments.settings import Entry
+from nonexpansive.experiments.stability import steepest
 from nonexpansive.experiments.training import train
 from nonexpansive.nn.classifier import Classifier, flow_classifier, paper_classifier
 from nonexpansive.nn.models import build

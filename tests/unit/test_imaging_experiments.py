@@ -15,11 +15,12 @@ from test_experiments import run
 from torch import nn
 
 from nonexpansive import certify, checkpoint
-from nonexpansive.errors import BadInput, Refused
+from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.experiments import denoising, listed, plug_and_play, shipped, training
-from nonexpansive.experiments.denoising import Denoising, jacobian_norm
-from nonexpansive.experiments.plug_and_play import Amplified, PlugAndPlay, trace
+from nonexpansive.experiments.denoising import Denoising
+from nonexpansive.experiments.plug_and_play import PlugAndPlay
 from nonexpansive.experiments.settings import Ledger, wanted
+from nonexpansive.experiments.stability import Amplified, jacobian_norm, require_settling, stretch, trace
 from nonexpansive.nn.models import build
 from nonexpansive.nn.resize import Scale
 from nonexpansive.restore import blur, kernel, prove, splitting
@@ -61,6 +62,7 @@ def toy(tmp_path: Path) -> Path:
         rows.append(f'[[runs]]\nname = "the {name} one"\nconfig = "{tmp_path / name}.toml"')
     head = (
         'kind = "denoising"\ntitle = "toy"\nsigma = 0.15\nminutes = 0.0\nshown = 2\ntuned = 1\ncrop = 24\nprobe = 16\n'
+        'repeated = 20\nunstable = "the ours one"\namplification = 1.5\n'
     )
     (tmp_path / "toy.toml").write_text(head + "\n".join(rows))
     return tmp_path / "toy.toml"
@@ -92,6 +94,9 @@ def test_every_shipped_imaging_experiment_reads_and_builds(name: str) -> None:
         ("probe=4", "at least 16 pixels"),
         ("sigmas=1", "Did you mean"),
         ("runs=[]", "one or more"),
+        ("unstable=ours", "not the name of a run"),
+        ("amplification=1.0", "would be stable"),
+        ("repeated=1", "at least 2"),
         ('runs=[{name="total variation", config="dncnn-bsds500"}]', "call the run otherwise"),
     ],
 )
@@ -151,6 +156,23 @@ def test_the_jacobian_norm_of_a_linear_map_is_found_from_below() -> None:
     assert norm * 0.999 <= jacobian_norm(linear, torch.randn(1, 6, dtype=torch.float64), 60) <= norm * (1 + 1e-12)
 
 
+def test_a_stretch_is_seen_from_below_and_at_its_distance() -> None:
+    torch.manual_seed(0)
+    half = torch.randn(6, 6, dtype=torch.float64)
+    symmetric = half @ half.T
+    norm, x = float(torch.linalg.matrix_norm(symmetric, 2)), torch.randn(1, 6, dtype=torch.float64)
+    assert norm * 0.999 <= stretch(lambda y: y @ symmetric, x, 0.1, 100) <= norm * (1 + 1e-9)
+    # a step is steep for those who compare near to it
+    assert stretch(lambda y: y.clamp(0, 0.1), torch.zeros(1, 1), 10.0) <= 0.011
+
+
+def test_an_averaged_iteration_whose_residual_grows_is_a_defect() -> None:
+    require_settling(1.0, 0.5)
+    require_settling(2.0, None)
+    with pytest.raises(Diverging, match="report"):
+        require_settling(1.01, 0.5)
+
+
 def test_the_amplified_denoiser_is_certified_as_what_it_is_and_refused_in_the_iteration() -> None:
     ours = build("denoiser", features=4, blocks=2, factor=1, activation="leaky_relu", alpha=0.5)
     unstable = Amplified(ours, 1.25).eval().requires_grad_(False)
@@ -196,12 +218,13 @@ def test_denoisers_are_trained_measured_and_reported_once(
 ) -> None:
     out = tmp_path / "out"
     command = ("experiment", toy, "--data", data, "-o", out, "--accelerator", "cpu", "--set", "minutes=0.001")
+    monkeypatch.setattr(denoising, "ACCURACY", 5e-4)  # a tenth of the time
     seen: list[str] = []
     quality = denoising.Photographs.pair
 
     def killed(self: Any, name: str) -> Any:
         seen.append(name)
-        if len(seen) == 5:
+        if len(seen) == 7:  # the second photograph of the second denoiser
             raise KeyboardInterrupt
         return quality(self, name)
 
@@ -214,22 +237,34 @@ def test_denoisers_are_trained_measured_and_reported_once(
     assert (out / "the-ours-one" / "photographs.jsonl").read_text().startswith(kept)
 
     result = json.loads((out / "result.json").read_text())
-    tv, ours, ordinary = result["denoisers"]
-    assert [tv["name"], ours["name"], ordinary["name"]] == ["total variation", "the ours one", "the ordinary one"]
-    for d in (tv, ours, ordinary):
+    tv, ours, unstable, ordinary = result["denoisers"]
+    assert [d["name"] for d in result["denoisers"]] == [
+        "total variation",
+        "the ours one",
+        "unstable",
+        "the ordinary one",
+    ]
+    for d in (tv, ours, unstable, ordinary):
+        assert len(d["residual"]) == 20 and d["growth"] > 0
         assert len(d["psnr"]) == len(d["ssim"]) == 3 and all(map(math.isfinite, d["psnr"] + d["ssim"]))
         assert len(d["pictures"]) == 2 and all(Path(path).is_file() for path in d["pictures"].values())
     assert tv["averaged"] == 0.5 and tv["weight"] > 0 and min(tv["psnr"]) > 20  # of noise at 16.5 dB
+    assert 0.7 < tv["measured"] <= tv["found"] <= 1 and tv["residual"][-1] < 1e-2 * tv["residual"][0]
     assert ours["averaged"] <= 0.5 and ours["certified"] <= 1
+    assert ours["growth"] <= 1 + 1e-9 and ours["residual"][-1] < ours["residual"][0]
+    assert unstable["averaged"] is None and 1 < unstable["found"] <= unstable["certified"] <= 1.5 * (1 + 1e-9)
+    assert unstable["growth"] > 1.4 and unstable["residual"][-1] > 100 and unstable["weights"] == ours["weights"]
     assert 0 < ours["measured"] <= ours["found"] <= ours["certified"] * (1 + 1e-9)
     assert ordinary["averaged"] is None and 0 < ordinary["found"] <= ordinary["certified"] * (1 + 1e-9)
     assert ours["steps"] >= 1 and ours["parameters"] < ordinary["parameters"]
     report = (out / "report.md").read_text()
     assert "| the ours one |" in report and "![pictures](pictures.png)" in report
+    assert "| unstable | 1.5 |" in report and (out / "repeated.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "pictures.png").read_bytes()[:4] == b"\x89PNG"
 
     with monkeypatch.context() as patch:  # all of it is taken from the folder
         patch.setattr(denoising, "jacobian_norm", killed)
+        patch.setattr(denoising, "trace", killed)
         patch.setattr(denoising, "tv_denoise", killed)
         patch.setattr(training, "pace", killed)
         assert run(patch, *command) == 0

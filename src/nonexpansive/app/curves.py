@@ -97,6 +97,19 @@ def iterations(path: Path, runs: Sequence[Restored], title: str = "") -> None:
     _save(figure, path)
 
 
+def repetitions(path: Path, residuals: Mapping[str, Sequence[float]]) -> None:
+    """For each denoiser D the residuals of x_k = D(x_{k-1}) over k, both axes logarithmic."""
+    figure, axis = _figure(6.5, 4.0)
+    for name, residual in residuals.items():
+        axis.plot(range(1, len(residual) + 1), [min(value, 1e30) for value in residual], label=name)
+    axis.set(xscale="log", yscale="log", ylim=(1e-8, 1e3), xlabel="times applied", ylabel="residual, root mean square")
+    axis.set_title("Each denoiser applied over and over", fontsize="small")
+    axis.margins(x=0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="x-small")
+    _save(figure, path)
+
+
 def _figure(width: float, height: float, grid: tuple[int, int] | None = None) -> tuple[Any, Any]:
     """A figure with one pair of axes, or with an array of them in so many rows and columns."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nonexpansive.app.curves import accuracies, growth, iterations
+from nonexpansive.app.curves import accuracies, growth, iterations, repetitions
 from nonexpansive.app.figures import gallery
 from nonexpansive.app.output import err, out, write_json
 from nonexpansive.atomic import atomic
@@ -280,7 +280,8 @@ def _comparison(comparison: Comparison, results: Iterable[Outcome], folder: Path
 
 
 def _depth(results: Iterable[Trained], folder: Path) -> Report:
-    from nonexpansive.experiments.depth import steepest, worst_case
+    from nonexpansive.experiments.depth import worst_case
+    from nonexpansive.experiments.stability import steepest
     from nonexpansive.robust import Curve
 
     trained, rows = [], []
@@ -315,7 +316,7 @@ def _depth(results: Iterable[Trained], folder: Path) -> Report:
 
 def _denoising(known: Denoising, results: Iterable[Denoised], given: Callable[[], Photographs], folder: Path) -> Report:
     """``given``: the photographs as the experiment saw them, noise included, for the figure."""
-    from nonexpansive.experiments.denoising import centre
+    from nonexpansive.experiments.denoising import UNSTABLE, centre
     from nonexpansive.train.data import read_photo
 
     found = []
@@ -330,8 +331,15 @@ def _denoising(known: Denoising, results: Iterable[Denoised], given: Callable[[]
         size = f"{d.parameters:,}" if d.parameters else "-"
         rows.append([d.name, size, how, _spread(d.psnr), _spread(d.ssim, 4), f"{_mean(d.seconds_each):.2f}"])
         alpha = "none" if d.averaged is None else f"{d.averaged:.4f}"
-        measured = ["-" if value is None else f"{value:.4g}" for value in (d.measured, d.found)]
-        bounds.append([d.name, f"{d.certified:.4g}", alpha, *measured])
+        bounds.append(
+            [
+                d.name,
+                *(f"{v:.4g}" for v in (d.certified, d.measured, d.found)),
+                alpha,
+                f"{d.growth:.4g}",
+                f"{d.residual[-1]:.2g}",
+            ]
+        )
     photographs = given()
     pictures = []
     for name in found[0].pictures:
@@ -348,12 +356,18 @@ def _denoising(known: Denoising, results: Iterable[Denoised], given: Callable[[]
         f"# {known.title}", "",
         f"{len(found[0].names)} test photographs, noise of σ = {known.sigma:g}, the same for all; mean ± standard deviation over them:", "",
         *_table(["denoiser", "parameters", "training", "PSNR, dB", "SSIM", "s a photograph"], rows), "",
-        "The Lipschitz constant, from above by proof and from below by measurement:", "",
-        *_table(["denoiser", "certified ≤", "α ≤", "at photographs ≥", "by ascent ≥"], bounds), "",
+        "The Lipschitz constant, from above by proof and from below by measurement; and the denoiser applied",
+        f"{known.repeated} times over:", "",
+        *_table(["denoiser", "certified ≤", "at photographs ≥", "by ascent ≥", "α ≤", "growth", "last residual"], bounds), "",
         "PSNR has peak 1, and nothing is clipped. Seconds a photograph are the processor's. At photographs: the norm of the Jacobian,",
-        f"by power iteration, at noisy crops of {known.probe}x{known.probe} pixels; by ascent: gradient ascent from there. Total variation",
-        f"is a proximal map, 1/2-averaged by theory, its weight chosen on {known.tuned} validation photographs.",
+        f"by power iteration, at noisy crops of {known.probe}x{known.probe} pixels; by ascent: gradient ascent from there. Growth: the",
+        "largest ratio of a residual x_k - x_{k-1} to the one before it, x_k = D(x_{k-1}) from such a crop: at most 1 where averagedness",
+        "is proved. Last residual: root mean square, the largest of a crop. Total variation is a proximal map, 1/2-averaged by theory,",
+        f"its weight chosen on {known.tuned} validation photographs, its slopes found from differences of pictures that are solved for.",
     ]  # fmt: skip
+    if known.unstable:
+        lines.append(f"{UNSTABLE.capitalize()}: {known.amplification:g} times the denoiser of {known.unstable}.")
+    repetitions(folder / "repeated.png", {d.name: d.residual for d in found})
     if known.minutes:
         lines.append(
             f"Each network had {known.minutes:g} minutes of the processor; minutes in the table are the clock's."
@@ -361,7 +375,7 @@ def _denoising(known: Denoising, results: Iterable[Denoised], given: Callable[[]
     return (
         "\n".join(lines) + "\n",
         {"title": known.title, "settings": known, "denoisers": found},
-        ["pictures.png"] * bool(pictures),
+        ["pictures.png"] * bool(pictures) + ["repeated.png"],
     )
 
 

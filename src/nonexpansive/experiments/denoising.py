@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,26 +13,29 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from nonexpansive import checkpoint
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 from nonexpansive.experiments import shipped
-from nonexpansive.experiments.depth import steepest
 from nonexpansive.experiments.settings import Entry, Ledger, load, require_named, wanted
+from nonexpansive.experiments.stability import Amplified, jacobian_norm, require_settling, steepest, stretch, trace
 from nonexpansive.experiments.training import seconds_trained, train, within
 from nonexpansive.math.certificate import certify
 from nonexpansive.restore.variational import tune, tv_denoise
 from nonexpansive.train import DenoiseData, PhotoFolder, Run
 from nonexpansive.train.data import generator
 
-TOTAL_VARIATION = "total variation"
+TOTAL_VARIATION, UNSTABLE = "total variation", "unstable"
 
 Watch = Callable[[str, int, int], None]
 """Is told what is being measured, how much of it is done, and how much there is."""
 
 Denoise = Callable[[Tensor, float], Tensor]
+
+ACCURACY = 1e-5
+"""To which the total variation is solved where its stability is measured, root mean square; and no further than 1,000 iterations."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,10 @@ class Denoising:
     - ``test``: the folder of the test photographs within the data, of which the first ``photographs`` are taken (0: all);
       ``shown`` of them are drawn, evenly spaced;
     - ``tuned``: the weight of the total variation is chosen on centre crops, ``crop`` pixels wide, of so many validation photographs;
-    - ``probe``: Lipschitz constants are sought, from below, around centre crops so many pixels wide of the photographs that are drawn.
+    - ``probe``: Lipschitz constants are sought, from below, around centre crops so many pixels wide of the photographs that are drawn;
+      from there each denoiser is also applied ``repeated`` times over, to see whether it settles;
+    - ``unstable``: the name of a run beside which ``amplification`` (above 1) times its denoiser is judged (none, if empty): one that is
+      unstable by construction.
 
     In a file: ``kind = "denoising"``, these settings, and a table ``[[runs]]`` for each network (:class:`Entry`), whose ``data``,
     ``train.batch`` and ``train.seed`` must agree: then all see the same patches in the same order.
@@ -58,19 +65,26 @@ class Denoising:
     tuned: int = 4
     crop: int = 160
     probe: int = 32
+    repeated: int = 200
+    unstable: str = ""
+    amplification: float = 1.05
     seed: int = 0
     runs: tuple[Entry, ...] = ()
 
     def __post_init__(self) -> None:
         require_named(self.runs)
-        if TOTAL_VARIATION in [entry.name for entry in self.runs]:
-            raise BadInput(f"{TOTAL_VARIATION!r} is there without being named: call the run otherwise")
+        if taken := {TOTAL_VARIATION, UNSTABLE} & {entry.name for entry in self.runs}:
+            raise BadInput(f"{taken.pop()!r} is there without being named: call the run otherwise")
         if not 0 < self.sigma <= 1:
             raise BadInput(f"sigma = {self.sigma}: a noise level in (0, 1], of images in [0, 1], is expected")
         if min(self.minutes, self.photographs, self.shown, self.seed) < 0:
             raise BadInput("minutes, photographs, shown and seed are at least 0")
-        if min(self.tuned, self.crop - 15, self.probe - 15) < 1:
-            raise BadInput("tuned must be at least 1, crop and probe at least 16 pixels")
+        if min(self.tuned, self.repeated - 1, self.crop - 15, self.probe - 15) < 1:
+            raise BadInput("tuned must be at least 1, repeated at least 2, crop and probe at least 16 pixels")
+        if self.unstable and self.unstable not in [entry.name for entry in self.runs]:
+            raise BadInput(f"unstable = {self.unstable!r} is not the name of a run")
+        if not 1 < self.amplification < math.inf:
+            raise BadInput(f"amplification = {self.amplification}: above 1, or the unstable denoiser would be stable")
 
     @classmethod
     def from_toml(cls, path: Path | str, overrides: Iterable[str] = ()) -> Denoising:
@@ -94,7 +108,9 @@ class Denoised:
     - ``steps`` of training took ``seconds`` by the clock; ``weight``: that of the total variation, which is not trained;
     - ``certified``: its Lipschitz constant, from above; ``averaged``: its α, None where there is no proof of one;
     - ``measured``: a Lipschitz constant from below, the norm of the Jacobian at noisy photographs; ``found``: the same, by
-      gradient ascent from there. None for the total variation, which is a proximal map.
+      gradient ascent from there (both for the total variation, which is not differentiated: from differences);
+    - ``residual``: x_k - x_{k-1} for x_k = D(x_{k-1}) from noisy photographs, root mean square, the largest of a photograph; inf from where
+      numbers were no longer finite. ``growth``: the largest ratio of one of a photograph to the one before it, rounding left out.
     - ``pictures``: of the photographs that are drawn, what was made of them.
     """
 
@@ -105,8 +121,10 @@ class Denoised:
     seconds_each: list[float]
     certified: float
     averaged: float | None
-    measured: float | None
-    found: float | None
+    measured: float
+    found: float
+    residual: list[float]
+    growth: float
     pictures: dict[str, Path]
     parameters: int = 0
     steps: int = 0
@@ -155,7 +173,9 @@ def compare(
     ``limit`` bounds the number of test photographs. ``options`` as for :func:`~nonexpansive.train.fit`.
     """
     data = Path(data)
-    chosen = wanted(only, [TOTAL_VARIATION, *(entry.name for entry in known.runs)])
+    chosen = wanted(
+        only, [TOTAL_VARIATION, *(entry.name for entry in known.runs), *([UNSTABLE] if known.unstable else [])]
+    )
     runs = [known.settings(entry, overrides) for entry in known.runs]
     if len({repr((run.data, run.train.batch, run.train.seed)) for run in runs}) > 1:
         raise BadInput(
@@ -166,24 +186,48 @@ def compare(
     if TOTAL_VARIATION in chosen:
         yield _total_variation(known, data / given.validation, photographs, out, watch)
     for entry, run in zip(known.runs, runs, strict=True):
-        if entry.name not in chosen:
+        amplified = entry.name == known.unstable and UNSTABLE in chosen
+        if entry.name not in chosen and not amplified:
             continue
         folder = out / entry.folder
         if known.minutes:
             run = within(run, data, folder, known.minutes, **options)
         weights = train(run, data, folder, **options)
-        model = checkpoint.load(weights).requires_grad_(False)
-        sha = hashlib.sha256(weights.read_bytes()).hexdigest()
-        kept = Ledger(folder / "photographs.jsonl", {"weights": sha, "sigma": known.sigma, "seed": known.seed})
-        judged = _judge(entry.name, model, photographs, kept, watch)
-        certificate = certify(model, (given.channels, known.probe, known.probe))
-        measured, found = _slopes(entry.name, model, photographs, kept, watch)
-        parameters = sum(p.numel() for p in model.parameters())
-        seconds = seconds_trained(folder)
-        yield Denoised(
-            entry.name, *judged[:4], certificate.lipschitz, certificate.averaged, measured, found, judged[4],
-            parameters, run.train.steps, seconds, None, weights,
-        )  # fmt: skip
+        about = {"steps": run.train.steps, "seconds": seconds_trained(folder), "weights": weights}
+        if entry.name in chosen:
+            yield _network(entry.name, weights, 1.0, photographs, folder, about, watch)
+        if amplified:
+            yield _network(UNSTABLE, weights, known.amplification, photographs, out / UNSTABLE, about, watch)
+
+
+def _network(
+    name: str, weights: Path, factor: float, photographs: Photographs, folder: Path, about: dict[str, Any], watch: Watch
+) -> Denoised:
+    """What is found of ``factor`` times a trained denoiser; ``about``: of its training."""
+    known = photographs.known
+    model = checkpoint.load(weights).requires_grad_(False)
+    parameters = sum(p.numel() for p in model.parameters())
+    asked = {"weights": hashlib.sha256(weights.read_bytes()).hexdigest(), "sigma": known.sigma, "seed": known.seed}
+    if factor != 1:
+        model, asked = Amplified(model, factor).eval(), asked | {"factor": factor}
+    kept = Ledger(folder / "photographs.jsonl", asked)
+    judged = _judge(name, model, photographs, kept, watch)
+    certificate = certify(model, (photographs.folder[0].shape[0], known.probe, known.probe))
+    model = model.double()  # what is measured from below is not to be rounding
+
+    def f(y: Tensor) -> Tensor:
+        return model(y, known.sigma)
+
+    def slopes(x: Tensor, watch: Callable[[int], None]) -> tuple[float, float]:
+        measured = 0.0
+        for index in range(len(x)):
+            watch(index)
+            measured = max(measured, jacobian_norm(f, x[index : index + 1], seed=index))
+        return measured, max(measured, steepest(f, x, steps=64))
+
+    proved = (certificate.lipschitz, certificate.averaged)
+    probed = _probed(name, f, slopes, proved[1], photographs, kept, watch)
+    return Denoised(name, *judged[:4], *proved, *probed, judged[4], parameters, **about)
 
 
 def _total_variation(known: Denoising, validation: Path, photographs: Photographs, out: Path, watch: Watch) -> Denoised:
@@ -203,7 +247,28 @@ def _total_variation(known: Denoising, validation: Path, photographs: Photograph
         watch(f"{TOTAL_VARIATION}: weight", 1, 1)
     weight = float(kept["weight"])
     judged = _judge(TOTAL_VARIATION, lambda y, _: tv_denoise(y, weight).image, photographs, kept, watch)
-    return Denoised(TOTAL_VARIATION, *judged[:4], 1.0, 0.5, None, None, judged[4], weight=weight)
+
+    missed = 0.0
+
+    def f(y: Tensor) -> Tensor:
+        nonlocal missed
+        solution = tv_denoise(y, weight, ACCURACY, iterations=1000)
+        missed = max(missed, solution.accuracy)
+        return solution.image
+
+    def slopes(x: Tensor, watch: Callable[[int], None]) -> tuple[float, float]:
+        root = x[0].numel() ** 0.5
+        found = [0.0, 0.0]
+        for index in range(len(x)):
+            watch(index)
+            for place, share in enumerate((0.1, 1.0)):  # of the noise: so far apart are the pictures that are compared
+                size = share * known.sigma * root
+                seen = stretch(f, x[index : index + 1], size, steps=15, seed=index) - 2 * missed * root / size
+                found[place] = max(found[place], seen)
+        return found[0], max(found)
+
+    probed = _probed(TOTAL_VARIATION, f, slopes, None, photographs, kept, watch)
+    return Denoised(TOTAL_VARIATION, *judged[:4], 1.0, 0.5, *probed, judged[4], weight=weight)
 
 
 def _judge(
@@ -237,39 +302,31 @@ def _judge(
     return photographs.names, psnr, ssim, seconds, files
 
 
-def _slopes(name: str, model: nn.Module, photographs: Photographs, kept: Ledger, watch: Watch) -> tuple[float, float]:
-    """Lipschitz constants from below, in float64: the Jacobian's at noisy photographs, and what ascent finds from there."""
+def _probed(
+    name: str,
+    f: Callable[[Tensor], Tensor],
+    slopes: Callable[[Tensor, Callable[[int], None]], tuple[float, float]],
+    averaged: float | None,
+    photographs: Photographs,
+    kept: Ledger,
+    watch: Watch,
+) -> tuple[float, float, list[float], float]:
+    """Lipschitz constants from below at and near noisy crops, the residuals of f applied over and over from there, and their growth."""
     known = photographs.known
     key = f"slopes at {known.probe} pixels of {', '.join(map(photographs.key, photographs.drawn))}"
-    if key not in kept:
-        double = model.double()
-        x = torch.cat([centre(photographs.pair(photo)[1], known.probe) for photo in photographs.drawn]).double()
-
-        def f(y: Tensor) -> Tensor:
-            return double(y, known.sigma)
-
-        measured = 0.0
-        for index in range(len(x)):
-            watch(f"{name}: slopes", index, len(x) + 1)
-            measured = max(measured, jacobian_norm(f, x[index : index + 1], seed=index))
-        watch(f"{name}: slopes", len(x), len(x) + 1)
-        kept.add(key, [measured, max(measured, steepest(f, x, steps=64))])
-        watch(f"{name}: slopes", len(x) + 1, len(x) + 1)
-    measured, found = kept[key]
-    return measured, found
-
-
-def jacobian_norm(f: Callable[[Tensor], Tensor], x: Tensor, steps: int = 30, seed: int = 0) -> float:
-    """The largest ‖Jv‖, ‖v‖ = 1, seen by a power iteration on JᵀJ, J the Jacobian of f at x: its norm from below."""
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
-    pullback = torch.func.vjp(f, x)[1]
-    best = 0.0
-    for _ in range(steps):
-        v = v / v.norm().clamp_min(torch.finfo(x.dtype).tiny)
-        u = torch.func.jvp(f, (x,), (v,))[1]
-        best = max(best, float(u.norm()))
-        (v,) = pullback(u)
-    return best
+    repeated = f"{known.repeated} times over, {key}"
+    if key not in kept or repeated not in kept:
+        pairs = [[centre(picture, known.probe) for picture in photographs.pair(name)] for name in photographs.drawn]
+        clean, x = (torch.cat(pictures).double() for pictures in zip(*pairs, strict=True))
+        if key not in kept:
+            kept.add(key, slopes(x, lambda done: watch(f"{name}: slopes", done, len(x))))
+            watch(f"{name}: slopes", len(x), len(x))
+        label = f"{name}: applied over and over"
+        _, residual, growth = trace(f, x, clean, known.repeated, lambda k: watch(label, k, known.repeated))
+        require_settling(growth, averaged)
+        kept.add(repeated, [[str(value) for value in residual.amax(0).tolist()], growth])
+    residual, growth = kept[repeated]
+    return *kept[key], [float(value) for value in residual], growth
 
 
 def centre(x: Tensor, size: int) -> Tensor:

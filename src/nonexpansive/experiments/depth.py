@@ -7,16 +7,16 @@ gradient ascent finds, from below. An ordinary block x + Bσ(Ax + b) has the bou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nonexpansive import checkpoint
 from nonexpansive.experiments import shipped
+from nonexpansive.experiments.stability import steepest
 from nonexpansive.experiments.training import train
 from nonexpansive.math.bounds import norm_bound
 from nonexpansive.math.certificate import certify
@@ -25,11 +25,6 @@ from nonexpansive.nn.resize import Residual
 from nonexpansive.train import Run, load_images
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
-SIZES = (1e-1, 3e1)
-"""The distances of the pairs from which the ascent begins lie between these, evenly in their logarithms."""
-
-HALVINGS = 8
-"""How often they are halved on the way."""
 
 
 @dataclass(frozen=True)
@@ -71,40 +66,6 @@ def experiment(
             yield Trained(depth, ordinary, right, len(x), steepest(model.features, x[:64]), certified, norm)
 
 
-def steepest(f: Callable[[Tensor], Tensor], x: Tensor, steps: int = 200, seed: int = 0) -> float:
-    """The largest ‖f(x+δ) - f(x)‖/‖δ‖ seen on the way of gradient ascent from pairs x, x + δ: a Lipschitz constant from below.
-
-    x (N, *shape), as many starts, float64; f treats them apart. With x held, the steps in δ (to the normalised gradient of
-    ‖f(x+δ) - f(x)‖) are, wherever f is linear between the two, those of a power iteration on its Jacobian. Now and then x moves
-    uphill, and, :data:`HALVINGS` times, the pair becomes the steeper half of the segment between them, which is at least as steep.
-    """
-
-    def ratio(x: Tensor, delta: Tensor) -> Tensor:
-        return (f(x + delta) - f(x)).flatten(1).norm(dim=1) / delta.flatten(1).norm(dim=1)
-
-    random = torch.Generator().manual_seed(seed)
-    low, high = (torch.tensor(size, dtype=x.dtype).log() for size in SIZES)
-    size = _like((low + (high - low) * torch.rand(len(x), generator=random, dtype=x.dtype)).exp(), x)
-    delta = size * _unit(torch.randn(x.shape, generator=random, dtype=x.dtype))
-    best = 0.0
-    for step in range(steps):
-        x, delta = x.detach().requires_grad_(), delta.detach().requires_grad_()
-        with torch.enable_grad():
-            ratios = ratio(x, delta)
-            along, towards = torch.autograd.grad(ratios.clamp_min(1e-300).log().sum(), (x, delta))
-        best = max(best, float(ratios.detach().nan_to_num(0.0).max()))
-        with torch.no_grad():
-            if step % (steps // HALVINGS) == steps // HALVINGS - 1:
-                delta, size = delta / 2, size / 2
-                x = torch.where(_like(ratio(x + delta, delta) > ratio(x, delta), x), x + delta, x)
-                continue
-            # the gradient of log ‖f(x+δ) - f(x)‖ alone: that of -log ‖δ‖ taken off again
-            delta = size * _unit(towards + delta / _like(delta.flatten(1).norm(dim=1).square(), x))
-            if step % 4 == 3:
-                x = x + size * (1 - step / steps) * _unit(along)
-    return best
-
-
 def worst_case(size: int, depth: int) -> nn.Sequential:
     """An ordinary residual network of weights I, norm 1, with σ the ReLU: f(x) = 2^depth·x for x ≥ 0, the bound attained."""
 
@@ -114,12 +75,3 @@ def worst_case(size: int, depth: int) -> nn.Sequential:
         return linear
 
     return nn.Sequential(*(Residual(nn.Sequential(identity(), nn.ReLU(), identity())) for _ in range(depth)))
-
-
-def _unit(x: Tensor) -> Tensor:
-    norm = x.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-    return x / _like(norm, x)
-
-
-def _like(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.ndim - 1))

@@ -21,40 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from nonexpansive import checkpoint, sealed
-from nonexpansive.errors import BadInput, Diverging, Refused
-from nonexpansive.experiments.denoising import TOTAL_VARIATION, Watch, centre
+from nonexpansive.errors import BadInput, Refused
+from nonexpansive.experiments.denoising import TOTAL_VARIATION, UNSTABLE, Watch, centre
 from nonexpansive.experiments.settings import Ledger, load, wanted
-from nonexpansive.math.certificate import Certificate, Shape, chain, fold, rule
+from nonexpansive.experiments.stability import Amplified, psnr_of, require_settling, trace
+from nonexpansive.math.certificate import Shape
 from nonexpansive.nn.models import ImageDenoiser
-from nonexpansive.nn.resize import Scale
 from nonexpansive.restore import Blurring, blur, degrade, kernel, prove, splitting
 from nonexpansive.restore.variational import tune, tv_deblur
 from nonexpansive.train import PhotoFolder
 from nonexpansive.train.data import key
 
 FORMAT = "nonexpansive restorations 1"
-AVERAGED, ORDINARY, UNSTABLE = "averaged", "DnCNN", "unstable"
+AVERAGED, ORDINARY = "averaged", "DnCNN"
 METHODS = (TOTAL_VARIATION, AVERAGED, ORDINARY, UNSTABLE)
 WORST = -50.0
 """PSNR, in dB, is drawn and averaged as this where it is less, or where the numbers are no longer finite."""
-
-
-class Amplified(nn.Module):
-    """x ↦ factor·D(x, σ), with a factor above 1: no longer non-expansive, the unstable denoiser by construction."""
-
-    def __init__(self, denoiser: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.denoiser, self.scale = denoiser, Scale(factor)
-
-    def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
-        return self.scale(self.denoiser(noisy, sigma))
-
-
-@rule(Amplified)
-def _amplified(module: Amplified, shape: Shape, unit: float) -> Certificate:
-    inner = fold(module.denoiser, shape, unit)
-    name = f"Amplified: {module.scale.factor:g} times a denoiser"
-    return chain(inner, fold(module.scale, inner.codomain, unit), rule=name)
 
 
 @dataclass(frozen=True)
@@ -217,34 +199,6 @@ def follow(
             )  # fmt: skip
 
 
-def trace(
-    iteration: nn.Module, start: Tensor, clean: Tensor, iterations: int, watch: Callable[[int], None] = lambda _: None
-) -> tuple[Tensor, Tensor, float]:
-    """PSNR and residual (root mean square) of each sample after each iteration, both (B, iterations), and a residual's largest growth.
-
-    A sample whose numbers are no longer finite is given up: its PSNR is then nan and its residual inf, those of the others go on.
-    """
-    psnr = torch.full((len(start), iterations), torch.nan)
-    residual, growth = torch.full_like(psnr, torch.inf), 0.0
-    x, before, finite = start, None, torch.ones(len(start), dtype=torch.bool)
-    for k in range(iterations):
-        with torch.no_grad():
-            ahead = iteration(x)
-        moved, size = _norm(ahead - x), _norm(ahead).clamp_min(torch.finfo(x.dtype).tiny)
-        finite = finite & (moved + size).isfinite()
-        if not bool(finite.any()):
-            break
-        psnr[:, k] = torch.where(finite, _psnr(ahead, clean), torch.nan)
-        residual[:, k] = torch.where(finite, moved / clean[0].numel() ** 0.5, torch.inf)
-        if before is not None:
-            grown = (moved - 64 * torch.finfo(x.dtype).eps * size) / before.clamp_min(torch.finfo(x.dtype).tiny)
-            growth = max(growth, float(grown[finite].max()))
-        before = moved
-        x = torch.where(finite.view(-1, 1, 1, 1), ahead, 0.0)
-        watch(k + 1)
-    return psnr, residual, growth
-
-
 # --------------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -257,11 +211,7 @@ def _traced(
         began = time.process_time()
         start = problem.blurring.start(problem.y)
         psnr, residual, growth = trace(T, start, problem.clean, iterations, lambda k: watch(label, k, iterations))
-        if averaged is not None and growth > 1 + 1e-4:
-            raise Diverging(
-                f"a residual grew {growth:.5g}-fold, which the certificate excludes. This is a defect: please report it with "
-                "the model and the settings."
-            )
+        require_settling(growth, averaged)
         return {"psnr": psnr, "residual": residual, "growth": torch.tensor(growth, dtype=torch.float64),
                 **_measured(problem, began)}  # fmt: skip
 
@@ -275,7 +225,7 @@ def _solved(problem: _Problem, weight: float) -> Callable[[], dict[str, Tensor]]
         began = time.process_time()
         x = tv_deblur(problem.y, problem.blurring, weight).image
         return {
-            "psnr": _psnr(x, problem.clean)[:, None],
+            "psnr": psnr_of(x, problem.clean)[:, None],
             "residual": torch.empty(len(x), 0),
             **_measured(problem, began),
         }
@@ -285,7 +235,7 @@ def _solved(problem: _Problem, weight: float) -> Callable[[], dict[str, Tensor]]
 
 def _measured(problem: _Problem, began: float) -> dict[str, Tensor]:
     seconds = torch.tensor(time.process_time() - began, dtype=torch.float64)
-    return {"blurred": _psnr(problem.y, problem.clean), "seconds": seconds}
+    return {"blurred": psnr_of(problem.y, problem.clean), "seconds": seconds}
 
 
 def _kept(path: Path, asked: dict[str, Any], run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -394,14 +344,3 @@ def _crops(photos: PhotoFolder, size: int) -> Tensor:
 def _found(spec: str, folder: Path) -> str:
     """A kernel's file in the folder, if there is one; else what the kernel says."""
     return str(folder / spec) if (folder / spec).is_file() else spec
-
-
-def _psnr(x: Tensor, clean: Tensor) -> Tensor:
-    """Of each sample, in dB, peak 1, nothing clipped."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    return peak_signal_noise_ratio(x, clean, data_range=1.0, reduction="none", dim=(1, 2, 3)).reshape(len(x))
-
-
-def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)
