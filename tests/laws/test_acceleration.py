@@ -14,7 +14,7 @@ from nonexpansive import Certificate
 from nonexpansive.errors import BadInput, Diverging
 from nonexpansive.math.certificate import rule
 from nonexpansive.math.enclosure import Affine
-from nonexpansive.nn import Scale
+from nonexpansive.nn import Resolvent, Scale
 from nonexpansive.restore import iterate
 from nonexpansive.restore.iterate import NOT_CERTIFIED, Report, fixed_point, prove
 from nonexpansive.restore.methods import splitting
@@ -186,6 +186,23 @@ def test_a_contraction_knows_its_distance() -> None:
         report = run(T, iterations=iterations)
         assert report.error is not None and float(norms(report.image - exact)) <= report.error * (1 + 1e-9)
     assert run(problem(), iterations=3).error is None
+
+
+def test_a_contraction_that_is_solved_for_knows_its_distance() -> None:
+    """Of a T that is computed to a tolerance, and so has rest points that the exact one does not have."""
+    torch.manual_seed(0)
+
+    def solved(tolerance: float) -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(Resolvent(nn.Linear(5, 7), "softplus", 30.0, tolerance), Scale(0.9)).double().eval()
+
+    start = torch.randn(3, 5, dtype=torch.float64)
+    exact, T = solved(1e-10), solved(1e-2)
+    image = fixed_point(exact, start, certificate=prove(exact, (5,)), tolerance=1e-12, iterations=3000).image
+    report = fixed_point(T, start, certificate=prove(T, (5,)), tolerance=1e-6, iterations=3000)
+    assert report.error is not None
+    distance = float(norms(report.image - image).max())
+    assert 1e-3 < distance <= report.error < 3
 
 
 def test_an_uncertified_run_says_so() -> None:

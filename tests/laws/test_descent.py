@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cases import Dense
-from nonexpansive import certify
+from nonexpansive import certify, load
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.nn import Lifted, Relaxed, Resolvent, WeaklyConvexRamps
 from nonexpansive.nn.implicit import _Nesterov, _QuasiNewton
@@ -22,9 +22,14 @@ from nonexpansive.restore import (
     HalfQuadratic,
     ProximalStep,
     Rescaled,
+    blur,
+    degrade,
     fixed_point,
     iterate,
+    kernel,
+    plan,
     prove,
+    splitting,
 )
 from nonexpansive.restore.splitting import ForwardBackward
 
@@ -124,6 +129,27 @@ def test_a_run_that_contradicts_its_certificate_is_stopped() -> None:
         fixed_point(T, start, certificate=dataclasses.replace(certificate, decrease=3.0), tolerance=1e-4)
 
 
+@pytest.mark.parametrize("noise", [0.01, 0.001])
+def test_so_is_one_that_strays_uphill_at_any_noise(noise: float) -> None:
+    """The shipped denoiser under the rule, whose τ = (trust·level/ν)² is large where the noise is small: true to itself it passes, moved
+    by a hundredth of the picture it does not."""
+    torch.manual_seed(0)
+    clean = torch.rand(1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    blurring = blur(kernel("gaussian:1.6"), (1, 16, 16))
+    y = degrade(clean, blurring, noise, 0)
+    T = plan(y, blurring, load("denoiser-grey-proximal"), noise=noise).iteration
+    certificate = prove(T, (1, 16, 16))
+    assert isinstance(certificate, Descent)
+    settings = {"certificate": certificate, "tolerance": 2.1e-4, "iterations": 60}
+    report = fixed_point(T, blurring.start(y), **settings)
+    assert report.objective is not None and len(report.objective) > 3
+    original = type(T).forward
+    stray = 0.01 * float(report.image.norm()) * torch.randn_like(report.image) / 16
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Diverging, match="objective"):
+        patch.setattr(type(T), "forward", lambda self, x: original(self, x) + stray)
+        fixed_point(T, report.image, **settings)
+
+
 def test_what_is_not_proved_is_refused() -> None:
     data, y = problem()
     D = AtLevel(denoiser(), 0.15)
@@ -217,6 +243,15 @@ def test_what_is_made_of_an_iteration_that_descends_need_not_descend() -> None:
     assert not isinstance(certify(Lifted(T, 4, 1), (2, 3, 3)), Descent)
     with pytest.raises(Refused, match="not proved"):
         prove(Lifted(T, 4, 1), (2, 3, 3))
+
+
+def test_there_is_no_relaxing_to_a_half_what_is_not_averaged() -> None:
+    data, y = problem()
+    for method in ("half-quadratic", "forward-backward"):
+        with pytest.raises(BadInput, match="relax=False"):
+            splitting(method, denoiser(), data, y, sigma=0.15, tau=1 / data.lipschitz, relax=True, box=False)
+    with pytest.raises(Refused, match="firmly|α ≤ 1/2"):
+        prove(splitting("douglas-rachford", denoiser(), data, y, sigma=0.15, tau=1.0, relax=True, box=False), SHAPE)
 
 
 def test_a_gradual_proximal_step_descends_too() -> None:

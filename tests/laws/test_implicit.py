@@ -111,6 +111,9 @@ def test_gradients(case: int, mode: bool, activation: str) -> None:
         return torch.func.functional_call(resolvent, dict(zip(names, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(run, (sample(shape, 2).requires_grad_(), *resolvent.parameters()), fast_mode=True)
+    # with other weights than its own, which are gone when the gradient is taken
+    others = [(1.5 * p.detach()).requires_grad_() for p in resolvent.parameters()]
+    assert torch.autograd.gradcheck(run, (sample(shape, 2).requires_grad_(), *others), fast_mode=True)
 
 
 def weakly_convex(case: int, tolerance: float = 1e-11, modulus: float = 0.9) -> tuple[Resolvent, tuple[int, ...]]:

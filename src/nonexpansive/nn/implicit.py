@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.activation import activation as find_activation
@@ -108,7 +109,13 @@ class Resolvent(nn.Module):
             if torch.is_grad_enabled():
                 y = start - self._gradient(z, h, *level)  # = z, as a function of x and the weights at fixed z
                 if y.requires_grad:
-                    z = _Implicit.apply(y, z, lambda g: self._solve_linear(g, z, length, condition, *level))
+                    # the weights of now, which functional_call has put here for the time of this call only
+                    held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+                    held = {f"resolvent.{name}": value for name, value in held.items()}
+                    derivative = _Derivative(self)
+                    z = _Implicit.apply(
+                        y, z, lambda g: functional_call(derivative, held, (g, z, length, condition, *level))
+                    )
             return z.to(x.dtype)
 
     def _lengths(self, x: Tensor) -> tuple[float | Tensor, list[Callable[[], float]]]:
@@ -282,6 +289,17 @@ class _QuasiNewton:
         return q
 
 
+class _Derivative(nn.Module):
+    """g ↦ the solution u of (I + hAᵀDA)u = g."""
+
+    def __init__(self, resolvent: Resolvent) -> None:
+        super().__init__()
+        self.resolvent = resolvent
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.resolvent._solve_linear(*args)
+
+
 class _Implicit(torch.autograd.Function):
     """y, z, solve ↦ z, with the pullback g ↦ solve(g) for y = x - h∇V(z): (I + h∇²V) dz = dx - h d(∇V)(z)."""
 
@@ -319,7 +337,7 @@ def _linear_part(linear: nn.Module, v: Tensor) -> Tensor:
     bias = dict(linear.named_parameters(recurse=False)).get("bias")
     if bias is None:
         return homogeneous(linear, v)[0]
-    return torch.func.functional_call(linear, {"bias": torch.zeros_like(bias)}, (v,))
+    return functional_call(linear, {"bias": torch.zeros_like(bias)}, (v,))
 
 
 def _estimate(linear: nn.Module, x: Tensor, iterations: int = 8) -> float:

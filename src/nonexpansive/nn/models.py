@@ -208,7 +208,7 @@ class ProximalDenoiser(ImageDenoiser):
     - ``channels``: 1 or 3; ``factor``, ``kernel``: the filters have side factor·kernel. They begin as :func:`cosine_frame`'s, or, for a
       smaller ``frame``, as those of side factor·``frame`` with zeros around them, which are fewer;
     - ``ramps``, ``rise``: of :class:`~nonexpansive.nn.pooled.WeaklyConvexRamps`;
-    - ``tolerance``: of :class:`~nonexpansive.nn.implicit.Resolvent` in evaluation mode, relative to ‖y - ½‖.
+    - ``tolerance``: of :class:`~nonexpansive.nn.implicit.Resolvent` in evaluation mode, relative to max(‖y - ½‖, 1).
     """
 
     levelled = True
@@ -251,7 +251,7 @@ class ProximalDenoiser(ImageDenoiser):
 
     def regulariser(self, x: Tensor, sigma: float | Tensor) -> Tensor | None:
         """R_σ(x) of each image, (B,), in float64; in evaluation mode. None where ``factor`` does not divide the sides of x: there D is
-        the proximal map of a marginal of R_σ over a border of the image, which has no formula."""
+        the proximal map of min over b of R_σ(x, b) + ½‖b - ½‖², b a border of the image, which has no formula."""
         if x.shape[-2] % self.lifted.factor or x.shape[-1] % self.lifted.factor:
             return None
         resolvent = cast(Resolvent, self.lifted.inner)
@@ -264,7 +264,7 @@ class ProximalDenoiser(ImageDenoiser):
 
     @property
     def tolerance(self) -> float:
-        """Of the solver in evaluation mode, relative to ‖y - ½‖."""
+        """Of the solver in evaluation mode, relative to max(‖y - ½‖, 1)."""
         return self._tolerance
 
     @tolerance.setter

@@ -50,6 +50,11 @@ class Iteration:
         """(B,), float64: the function that the iteration descends on, where it is one that can be evaluated."""
         return None
 
+    def inexact(self, state: Tensor, certificate: Certificate) -> Tensor:
+        """(B,): a bound on how far the computed T(state) is from the exact one, where that has a certificate."""
+        size = state.flatten(1).norm(dim=1, dtype=torch.float64)
+        return certificate.error.slope * size + certificate.error.constant
+
 
 _PLAIN = Iteration()
 
@@ -107,7 +112,8 @@ class Report:
     - ``objective``: F(x_k) of a run that is proved to descend, summed over the batch, where it can be evaluated.
     - ``movements``: the largest ‖T(x_k) - x_k‖ itself; ``proved``: bounds on it that were known before the run, √(α/((1-α)(k+1)))·d,
       or 2d/(k+1) if anchored, where d, a bound on the distance to any fixed point, is known (a box) and no acceleration is used.
-    - ``error``: a bound on the distance of ``image`` from the fixed point, q/(1-q)·‖T(x) - x‖, where L ≤ q < 1 is proved.
+    - ``error``: a bound on the distance of ``image`` from the fixed point, (q·‖T(x) - x‖ + e)/(1-q), where L ≤ q < 1 is proved and T(x)
+      is computed to within e.
     - ``certificate``: None if convergence was not proved; ``acceleration``: its name.
     """
 
@@ -285,7 +291,8 @@ def fixed_point(
 
     An averaged T cannot let ‖T(x_k) - x_k‖ increase: with a certificate each sample's residual, in the norm of the certificate, is
     checked at each plain step against the one before it, within what the type of x can resolve and the certificate's own error. Of a
-    T that descends the objective is checked instead, where it can be evaluated.
+    T that descends the objective is checked instead, where it can be evaluated. What such a T solves for it solves to a tolerance
+    relative to max(‖x - ½‖, 1), so of a picture near black the last digits of a residual are the solver's.
     ``watch(k, residual, state)`` is called after each evaluation; ``state`` is a picture unless the iteration says otherwise.
 
     Raises Refused for a certificate that proves too little, Diverging if the run contradicts the certificate or meets NaN.
@@ -323,6 +330,7 @@ def fixed_point(
         )
     objective: list[float] = []
     before: Tensor | None = None  # ‖T(p) - p‖ at the point p that was taken last, of each sample
+    missed: Tensor | None = None  # how far T(p) is from the exact one, at most
     residuals: list[float] = []
     movements: list[float] = []
     for k in range(1, iterations + 1):
@@ -347,11 +355,11 @@ def fixed_point(
             objective.append(float(value.sum()))
             after = scheme.objective(ahead)
             assert after is not None
-            # T(x) is the minimiser of a strongly convex function up to the certificate's error e: F may be off by (L + 1)·e²
-            inexact = error.slope * (size + moved) + error.constant
-            allowed = (
-                value - descent.decrease * moved.double() ** 2 + (descent.lipschitz + 1) * inexact * (moved + inexact)
-            )
+            # T(x) minimises a 1/L-strongly convex G, up to e, where ‖∇G‖ ≤ e/L (a Resolvent's way to stop): so G is at most e²/(2L)
+            # above its minimum, and ‖x - argmin G‖ at least ‖T(x) - x‖ - e: F falls by (e‖T(x) - x‖ + e²/2)/L less than c‖T(x) - x‖²
+            inexact = scheme.inexact(x, descent) + slack
+            spare = inexact * (moved + inexact / 2) * max(1.0, 1 / (descent.lipschitz or 1.0))
+            allowed = value - descent.decrease * moved.double() ** 2 + spare
             grown = after > allowed + noise * after.abs()
             if bool((grown & active).any()):
                 raise Diverging(
@@ -372,6 +380,8 @@ def fixed_point(
         elif acceleration:
             accelerate = Anderson(scheme.norm, ahead, residual, moved)
         before = moved if before is None else torch.where(taken, moved, before)
+        off = error.slope * (size + moved) + error.constant + slack
+        missed = off if missed is None else torch.where(taken, off, missed)
         relative = torch.where(taken, moved / size, relative)
         image = torch.where(column(taken, x), ahead, image)
         residuals.append(float(relative.max()))
@@ -391,6 +401,7 @@ def fixed_point(
         proved = [d * (2 / (k + 1) if scheme.anchored else (averaged / (1 - averaged) / (k + 1)) ** 0.5)
                   for k in range(len(residuals))]  # fmt: skip
     q = 1.0 if certificate is None else certificate.lipschitz
+    distance = None if before is None or missed is None or q >= 1 else float((q * before + missed).max()) / (1 - q)
     return Report(
         scheme.picture(image),
         residuals,
@@ -401,7 +412,7 @@ def fixed_point(
         movements,
         objective or None,
         proved,
-        q / (1 - q) * movements[-1] if q < 1 else None,
+        distance,
         acceleration,
     )
 

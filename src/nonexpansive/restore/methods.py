@@ -66,6 +66,8 @@ def splitting(
     D = prior(denoiser, sigma, strength=strength, scaling=scaling)
     if relax:
         alpha = certify(D, data.image_shape).averaged
+        if alpha is None and method in ("forward-backward", "half-quadratic"):  # the others refuse such a denoiser
+            raise BadInput("relax brings an averaged denoiser to α ≤ 1/2; of this one no α is known: relax=False")
         if alpha is not None and alpha > 0.5:
             D = Relaxed(D, down(0.5 / alpha))
 

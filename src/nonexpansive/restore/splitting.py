@@ -61,6 +61,12 @@ class Splitting(Iteration, nn.Sequential):
         regulariser = prior.regulariser(state)
         return None if regulariser is None else step.objective(state) + regulariser
 
+    def inexact(self, state: Tensor, certificate: Certificate) -> Tensor:
+        """By what the last factor is given, which is smaller than what all factors before it might make of the state."""
+        if len(self) != 2 or len(certificate.parts) != 2 or certificate.parts[0].error != Affine():
+            return super().inexact(state, certificate)
+        return super().inexact(self[0](state), certificate.parts[1])
+
 
 class ForwardBackward(Splitting):
     """D∘(I - τ∇f)."""
