@@ -130,6 +130,25 @@ def weakly_convex(case: int, tolerance: float = 1e-11, modulus: float = 0.9) -> 
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
+def test_wherever_it_begins_it_ends_at_the_solution(case: int) -> None:
+    resolvent, shape = weakly_convex(case, 1e-6)
+    x = 0.3 * sample(shape, 3)
+    with torch.no_grad():
+        there = resolvent(x, 0.7)
+        for near in (there, torch.zeros_like(x), 100 * torch.randn_like(x), there + 1e-4 * torch.randn_like(x)):
+            z = resolvent(x, 0.7, near=near)
+            for one, other, norm in zip(z, there, x.flatten(1).norm(dim=1), strict=True):
+                assert (one - other).norm() <= 2 * resolvent.deviation(float(norm)) * 1.001
+        assert torch.equal(resolvent(x, 0.7, near=there), there)  # nothing to do
+        with pytest.raises(BadInput, match="begin near"):
+            resolvent(x, 0.7, near=there[:1])
+    y, w = x.clone().requires_grad_(), x.clone().requires_grad_()
+    resolvent(y, 0.7).square().sum().backward()
+    resolvent(w, 0.7, near=there).square().sum().backward()
+    assert y.grad is not None and w.grad is not None and torch.allclose(y.grad, w.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
 def test_of_a_weakly_convex_function_it_solves_its_equation_and_is_as_lipschitz_as_stated(case: int) -> None:
     resolvent, shape = weakly_convex(case)
     h = resolvent.length(sound_norm(resolvent.linear))

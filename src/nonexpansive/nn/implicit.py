@@ -98,14 +98,21 @@ class Resolvent(nn.Module):
         return m, kappa
 
     @torch.compiler.disable
-    def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
-        """x (B, *shape) → (B, *shape); ``level`` is passed on to an activation that takes a noise level."""
+    def forward(self, x: Tensor, *level: Tensor | float, near: Tensor | None = None) -> Tensor:
+        """x (B, *shape) → (B, *shape); ``level`` is passed on to an activation that takes a noise level.
+
+        ``near`` (B, *shape), what is known to lie near the solution, is where the solver begins, in place of x: it saves time, and
+        what is promised of the result is the same.
+        """
         dtype = next((p.dtype for p in self.linear.parameters()), x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             start = x.to(dtype)
             h, norms = self._lengths(start)
             length = float(h.detach()) if isinstance(h, Tensor) else h
-            z, condition = self._solve(start.detach(), length, norms, *level)
+            first = start if near is None else near.to(dtype)
+            if first.shape != start.shape:
+                raise BadInput(f"the solver is to begin near {tuple(first.shape)}, but x is {tuple(start.shape)}")
+            z, condition = self._solve(start.detach(), first.detach(), length, norms, *level)
             if torch.is_grad_enabled():
                 y = start - self._gradient(z, h, *level)  # = z, as a function of x and the weights at fixed z
                 if y.requires_grad:
@@ -138,11 +145,11 @@ class Resolvent(nn.Module):
 
     @torch.no_grad()
     def _solve(
-        self, x: Tensor, h: float, norms: list[Callable[[], float]], *level: Tensor | float
+        self, x: Tensor, start: Tensor, h: float, norms: list[Callable[[], float]], *level: Tensor | float
     ) -> tuple[Tensor, float]:
-        """z, and the condition number κ/m for its derivative. :class:`_QuasiNewton` is tried first; the samples for which that, or an
-        estimate of ‖A‖, fails are solved by :class:`_Nesterov`."""
-        start, worst = x, math.inf
+        """z, found from ``start``, and the condition number κ/m for its derivative. :class:`_QuasiNewton` is tried first; the samples for
+        which that, or an estimate of ‖A‖, fails are solved by :class:`_Nesterov`."""
+        worst = math.inf
         for norm in norms:
             m, kappa = self.curvature(norm())
             if self.training and self.estimate is not None:

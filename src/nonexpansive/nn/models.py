@@ -212,6 +212,8 @@ class ProximalDenoiser(ImageDenoiser):
     """
 
     levelled = True
+    solved = True
+    """Whether :meth:`forward` takes a picture to begin from."""
 
     def __init__(
         self,
@@ -246,8 +248,10 @@ class ProximalDenoiser(ImageDenoiser):
         self.lifted = Lifted(Resolvent(linear, sigma, 1.0, tolerance, relative=True), inputs, factor)
         self.tolerance = tolerance
 
-    def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
-        return self.lifted(noisy - 0.5, self.level(noisy, sigma)) + 0.5
+    def forward(self, noisy: Tensor, sigma: float | Tensor, near: Tensor | None = None) -> Tensor:
+        """``near``, images of the same shape, is where the solver begins, as for :class:`~nonexpansive.nn.implicit.Resolvent`."""
+        others = {} if near is None else {"near": near - 0.5}
+        return self.lifted(noisy - 0.5, self.level(noisy, sigma), **others) + 0.5
 
     def regulariser(self, x: Tensor, sigma: float | Tensor) -> Tensor | None:
         """R_σ(x) of each image, (B,), in float64; in evaluation mode. None where ``factor`` does not divide the sides of x: there D is

@@ -36,8 +36,10 @@ class Lifted(nn.Module):
             raise BadInput(f"channels and factor must be at least 1, not {channels} and {factor}")
         self.inner, self.channels, self.factor = inner, channels, factor
 
-    def forward(self, x: Tensor, *level: Tensor | float) -> Tensor:
-        return self.project(self.inner(self.lift(x), *level), x.shape)
+    def forward(self, x: Tensor, *level: Tensor | float, **others: Tensor) -> Tensor:
+        """``others``: images that T takes by name, lifted as x is."""
+        lifted = {name: self.lift(other) for name, other in others.items()}
+        return self.project(self.inner(self.lift(x), *level, **lifted), x.shape)
 
     def lift(self, x: Tensor) -> Tensor:
         """P*x."""

@@ -49,6 +49,11 @@ class Splitting(Iteration, nn.Sequential):
 
     method = "splitting"
 
+    def forward(self, input: Tensor) -> Tensor:
+        if len(self) == 2 and isinstance(self[1], AtLevel):
+            return self[1](self[0](input), near=input)  # as T(x) is near x before long
+        return super().forward(input)
+
     def distance(self, state: Tensor) -> Tensor | None:
         last = self[-1] if len(self) else None
         return last.farthest(state) if isinstance(last, Box) else None

@@ -54,8 +54,11 @@ class AtLevel(nn.Module):
         super().__init__()
         self.denoiser, self.sigma = denoiser, float(sigma)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.denoiser(x, self.sigma)
+    def forward(self, x: Tensor, near: Tensor | None = None) -> Tensor:
+        """``near``: a picture that D(x, σ) is expected to be near, for a D that is ``solved`` for and can begin there."""
+        if near is None or not getattr(self.denoiser, "solved", False):
+            return self.denoiser(x, self.sigma)
+        return self.denoiser(x, self.sigma, near)
 
     def regulariser(self, x: Tensor) -> Tensor | None:
         """R of D = prox_R, (B,), where D can tell."""

@@ -49,6 +49,11 @@ class Tiled(nn.Module):
         fits = shape[-2] * shape[-1] * bytes_per_pixel(self.denoiser) <= self.memory
         return fits or isinstance(self.denoiser, ProximalDenoiser)
 
+    @property
+    def solved(self) -> bool:
+        """Whether D is solved for, and takes a picture to begin from."""
+        return isinstance(self.denoiser, ProximalDenoiser)
+
     def regulariser(self, x: Tensor, sigma: float | Tensor) -> Tensor | None:
         """R of D = prox_R, where D can tell."""
         return self.denoiser.regulariser(x, sigma) if isinstance(self.denoiser, ProximalDenoiser) else None
@@ -68,15 +73,17 @@ class Tiled(nn.Module):
             )
         return side, border
 
-    def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, sigma: float | Tensor, near: Tensor | None = None) -> Tensor:
+        """``near``: as for a :class:`ProximalDenoiser`, and for one only."""
         whole = self.whole(tuple(noisy.shape))
         if len(noisy) > 1 and not (
             whole and len(noisy) * noisy[0, 0].numel() * bytes_per_pixel(self.denoiser) <= self.memory
         ):
             levels = sigma.reshape(-1).expand(len(noisy)) if isinstance(sigma, Tensor) else [sigma] * len(noisy)
-            return torch.cat([self(x[None], level) for x, level in zip(noisy, levels, strict=True)])
+            begin = [None] * len(noisy) if near is None else near[:, None]
+            return torch.cat([self(x[None], level, at) for x, level, at in zip(noisy, levels, begin, strict=True)])
         if whole:
-            return self.denoiser(noisy, sigma)
+            return self.denoiser(noisy, sigma) if near is None else self.denoiser(noisy, sigma, near)
         if self.denoiser.training:
             raise BadInput("a picture is evaluated in tiles in evaluation mode only: call .eval()")
         out = torch.empty_like(noisy)
