@@ -248,6 +248,33 @@ def test_at_a_shape_within_a_thousandth(mode: str, k, padding) -> None:
         assert norm_bound(layer, (channels, n, n + 1)) <= 1.001 * true
 
 
+@pytest.mark.parametrize("share", [0.0, 1e-25, 1e-3])
+def test_a_group_may_be_dead_or_far_smaller_than_another(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_GRAM_FLOPS_AT_ONCE", "_GRAM_FLOPS", "_GRAM_FLOPS_AT_MOST"):
+        monkeypatch.setattr(bounds, name, 0)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+    with torch.no_grad():
+        layer.weight[2:] *= share
+    shape = (4, 6, 6)
+    assert norm(dense(layer, shape)) <= norm_bound(layer, shape) * SVD_SLACK
+    assert norm_bound(layer, shape) <= 1.01 * norm(dense(layer, shape))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert norm(dense(layer, shape)) <= norm_bound(layer, shape) * SVD_SLACK
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_padding_by_a_mode_is_what_torch_noted_when_the_layer_was_made() -> None:
+    layer = nn.Conv1d(1, 1, 3, padding=1, padding_mode="replicate")
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[[1.0, 0.0, 0.0]]]))
+    layer.padding = (0,)  # which torch does not look at
+    assert norm(dense(layer, (1, 6))) == pytest.approx(2**0.5)
+    assert norm_bound(layer, (1, 6)) * SVD_SLACK >= 2**0.5
+
+
 @pytest.mark.parametrize(("channels", "n"), [(16, 8), (1, 48), (4, 24)])
 def test_at_a_shape_within_a_thousandth_of_larger_operators(channels: int, n: int) -> None:
     torch.manual_seed(n)

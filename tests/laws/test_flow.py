@@ -265,6 +265,72 @@ def test_the_step_follows_every_change_of_the_weights() -> None:
     assert block.step()[0] == expected_step(block)
 
 
+def test_the_step_follows_weights_in_memory_that_was_used_before() -> None:
+    """Twice assigned, a weight may lie where it lay at first, with the count of changes that it had."""
+    block = flow()
+    weight = block.linear.weight
+    for _ in range(6):
+        block(X)
+        weight.data = weight.data * 1.5
+        weight.data = weight.data * 1.5
+        assert block.step()[0] == expected_step(block)
+    block.linear.bfloat16()
+    block.linear.float()
+    assert block.step()[0] == expected_step(block)
+
+
+def test_the_step_follows_a_weight_that_is_no_parameter() -> None:
+    block = flow()
+    weight = block.linear.weight.detach().clone()
+    del block.linear.weight
+    block.linear.weight = weight
+    assert certify(block, (4,)).nonexpansive
+    block.linear.weight.mul_(3)
+    assert block.step()[0] == expected_step(block)
+    block.linear.weight = 2 * weight
+    assert block.step()[0] == expected_step(block)
+
+
+def test_the_step_follows_the_settings_of_the_layers() -> None:
+    block = GradientFlow(nn.Linear(4, 6), nn.LeakyReLU(0.1)).eval()
+    first = block.step()[0]
+    block.activation.negative_slope = 4.0
+    assert block.step()[0] == pytest.approx(first / 4)
+    block = GradientFlow(nn.Conv1d(1, 1, 3, padding=1)).eval()
+    first = block.step()[0]
+    block.linear.stride = (2,)
+    block.linear.padding = (0,)
+    assert block.step()[0] == expected_step(block) != first
+    block = flow(alpha=1.0)
+    first = block.step()[0]
+    block.control.alpha = 0.5
+    assert block.step()[0] == pytest.approx(first / 2)
+
+
+def test_the_step_follows_what_a_cached_parametrization_stands_for() -> None:
+    class Same(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 1.0 * weight
+
+    block = GradientFlow(nn.Linear(4, 6))
+    parametrize.register_parametrization(block.linear, "weight", Same())
+    block.eval()
+    with parametrize.cached(), torch.no_grad():
+        block(X)
+        block.linear.parametrizations.weight.original.mul_(3)
+        block(X)
+    assert block.step()[0] == expected_step(block)
+
+
+def test_a_step_is_not_chosen_anew_where_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for control in CONTROLS:
+        block = flow(control=control)
+        block(X)
+        with monkeypatch.context() as patch:
+            patch.setattr(GradientFlow, "settle", lambda self: pytest.fail("chosen anew"))
+            block(X)
+
+
 def test_writes_behind_torch_are_seen_by_eval_and_by_certify() -> None:
     block = flow()
     block.linear.weight.data.mul_(10)  # changes no count

@@ -334,6 +334,11 @@ def test_refusals() -> None:
         Resolvent(nn.Linear(2, 2), nn.GELU(), 10.0, relative=True)
     with pytest.raises(Refused, match="training mode"):
         certify(Resolvent(nn.Linear(2, 2), "relu", relative=True).train(), (2,))
+    with pytest.raises(
+        Refused, match="training mode"
+    ):  # where the solver's target is m times its tolerance, for an estimate of m
+        certify(Resolvent(nn.Linear(2, 2), nn.GELU(), 1.0).train(), (2,))
+    assert certify(Resolvent(nn.Linear(2, 2), "relu").train(), (2,)).averaged
     for step, tolerance in [(0.0, 1e-5), (-1.0, 1e-5), (math.inf, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)]:
         with pytest.raises(BadInput, match="step"):
             Resolvent(nn.Linear(2, 2), "relu", step, tolerance)

@@ -223,3 +223,12 @@ def test_numbers_near_the_end_of_the_range_are_refused() -> None:
         Enclosure.input(U, 4) * 1e-40
     with pytest.raises(Refused, match="inner product"):
         Enclosure.input(U, 4).linear(LinearMap(1.0, 1.0, 2**24, 4))
+
+
+@pytest.mark.parametrize("value", [0.0, 5e-324, 1e-170, 1e-40, 1.0, 1e170, 8e307])
+def test_a_norm_is_not_lost_to_underflow(value: float) -> None:
+    x = torch.full((4,), value, dtype=torch.float64)
+    assert Fraction(euclidean(x)) >= 2 * Fraction(value)
+    assert euclidean(x) <= 2 * value * (1 + 1e-12) + 1e-323
+    assert euclidean(torch.tensor([1.0, math.inf])) == math.inf and math.isnan(euclidean(torch.tensor([math.nan])))
+    assert euclidean(torch.zeros(0)) == 0

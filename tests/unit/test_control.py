@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.tableau import tableau
@@ -252,3 +253,19 @@ def test_bounds_are_remembered_by_content() -> None:
     )
     other.weight = one.weight
     assert sound_norm(other) >= sound_norm(one) > 0
+
+
+def test_a_bound_is_not_that_of_another_class_of_the_same_look() -> None:
+    """Parametrized, torch's own layer and a user's are both called ParametrizedLinear."""
+
+    class Linear(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(input)
+
+    own, users = nn.Linear(3, 3, bias=False), Linear(3, 3, bias=False)
+    users.weight.data.copy_(own.weight.data)
+    for layer in (own, users):
+        parametrize.register_parametrization(layer, "weight", nn.Identity())
+    assert sound_norm(own) > 0
+    with pytest.raises(Refused):
+        sound_norm(users)

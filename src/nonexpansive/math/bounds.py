@@ -407,6 +407,9 @@ def _read(layer: nn.Module) -> _Convolution:
 
 
 def _pads(layer: Any) -> list[tuple[int, int]]:
+    if layer.padding_mode != "zeros":  # torch pads by what it noted when the layer was made, the last axis first
+        noted = layer._reversed_padding_repeated_twice
+        return list(zip(noted[::2], noted[1::2], strict=True))[::-1]
     if layer.padding == "valid":
         return [(0, 0) for _ in layer.kernel_size]
     if layer.padding == "same":
@@ -757,9 +760,16 @@ def _compression_bound(convolution: _Convolution, sizes: _Sizes, enough: float) 
     """
     bound = 0.0
     for weight in convolution.weight.split(1):
-        group = replace(convolution, weight=weight)
+        largest = float(weight.abs().max())
+        if not largest:
+            continue
+        unit = 2.0 ** math.floor(
+            math.log2(largest)
+        )  # each group in a unit of its own: one may be far smaller than another
+        group = replace(convolution, weight=weight / unit)
         estimate = _lanczos(*group.normal(sizes))
-        bound = max(bound, _group_bound(group, sizes, estimate) if enough > estimate * (1 + 5e-4) else enough)
+        better = enough / unit > estimate * (1 + 5e-4)
+        bound = max(bound, _group_bound(group, sizes, estimate) * unit if better else enough)
     return bound
 
 
@@ -778,7 +788,8 @@ def _group_bound(convolution: _Convolution, sizes: _Sizes, estimate: float) -> f
     skew = sum(
         float((q.T @ q - torch.eye(len(q), dtype=q.dtype)).norm()) + 2 * gamma(len(q) + 2, _U) * len(q) for q in (u, v)
     )
-    assert skew < 1e-6
+    if not skew < 1e-6:
+        return math.inf
 
     counts = [(n // 2 + 1 if i == 0 else n) for i, (n, _) in enumerate(boxes)]
     numbers = torch.cartesian_prod(*(torch.arange(count) for count in counts)).view(-1, len(boxes))
@@ -834,7 +845,7 @@ def _principal(convolution: _Convolution, sizes: _Sizes) -> tuple[Tensor, Tensor
     """
     single = replace(convolution, weight=convolution.weight.float())
     shape = (_SUBSPACE, convolution.weight.shape[2], *(n for n, _ in sizes))
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     for _ in range(30):
         x = torch.linalg.qr(x.flatten(1).T)[0].T.reshape(-1, *shape[1:]).requires_grad_()
         with torch.enable_grad():

@@ -76,7 +76,12 @@ def euclidean(x: Tensor | None) -> float:
     if x is None:
         return 0.0
     x = x.detach().double()
-    return up(float(x.norm()) * (1 + (x.numel() + 2) * 2.0**-53))
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    if not 0 < largest < math.inf:
+        return largest
+    return up(
+        largest * float((x / largest).norm()) * (1 + (x.numel() + 4) * 2.0**-53)
+    )  # no square underflows that counts
 
 
 def above(x: float, digits: int = 7) -> str:

@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.activation import Slopes, monotone, slopes
@@ -292,7 +293,8 @@ def sound_norm(linear: nn.Module) -> float:
 
 def content(linear: nn.Module, weight: Tensor) -> bytes:
     """A key that tells layers and their weights apart. Raises Refused where the weights have no numbers that can be read."""
-    digest = hashlib.blake2b(f"{type(linear)} {linear!r} {weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
+    kind = parametrize.type_before_parametrizations(linear)  # the type itself is one that torch made up
+    digest = hashlib.blake2b(f"{kind} {linear!r} {weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
     try:
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     except RuntimeError as error:

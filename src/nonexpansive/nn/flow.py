@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from nonexpansive.errors import BadInput, Refused
@@ -69,8 +70,9 @@ class GradientFlow(nn.Module):
     - ``shape``: the shape of one input, needed only for a linear module of your own.
 
     In training mode the step follows an estimate of ‖A‖. In evaluation mode it follows a sound bound, computed when
-    ``eval()`` is called, when weights are loaded or converted, and whenever they are seen to have changed. What cannot be seen
-    are writes through ``weight.data[...]``, and in a compiled model any that are made in place: call ``eval()`` after those.
+    ``eval()`` is called, when weights are loaded or converted, and whenever they, or the settings of the layers, are seen to have
+    changed. What cannot be seen are writes to memory that the weights share with another tensor, such as ``weight.data``, an array of
+    NumPy or the vector of ``vector_to_parameters``, and in a compiled model any that are made in place: call ``eval()`` after those.
 
     Raises Refused if σ may decrease or works in place, the method's radius is 0 or the linear layer has no norm bound.
     """
@@ -101,34 +103,36 @@ class GradientFlow(nn.Module):
         self._steepest = self._slopes().high
         """L_σ for training, where reading it from the device at each step would stall."""
         self._step: tuple[float, int] | None = None
-        self._stamps: list[_Stamp] = []
+        self._seen: _Seen | None = None
         self.register_load_state_dict_post_hook(_after_loading)
 
     # ------------------------------------------------------------------------------------------------------------- stepping
 
     def step(self) -> tuple[float, int]:
         """(h, n) of evaluation mode: the size of the steps and their number, from a sound bound on ‖A‖."""
-        if self._step is None or not (torch.compiler.is_compiling() or _same(self._stamps, self._marks())):
-            self.settle()
-        assert self._step is not None
+        if self._step is not None and torch.compiler.is_compiling():
+            return self._step
+        if self._step is None or self._seen is None or not self._seen.still(*self._parts(), but=self.control.vector):
+            return self.settle()
         return self._step
 
     def settle(self) -> tuple[float, int]:
         """``step()``, chosen anew for the weights as they are now."""
         self._step = self.control.safe_step(sound_norm(self.linear), self._slopes().high, self.tableau)
-        self._stamps = self._marks()
+        # what parametrize.cached() holds may be older than what it is made of
+        self._seen = None if parametrize._cache_enabled else _Seen(*self._parts(), but=self.control.vector)
         return self._step
 
-    def _marks(self) -> list[_Stamp]:
-        """Of all that the step of evaluation mode depends on: the layers, the control and their tensors, but for the estimate's vector."""
-        return _stamps(self.linear, self.activation, self.control, but=self.control.vector)
+    def _parts(self) -> tuple[object, ...]:
+        """All that the step of evaluation mode depends on, but for the vector of the control's estimate."""
+        return self.linear, self.activation, self.control, self.tableau
 
     def _slopes(self) -> Slopes:
         return self.control.slopes(self.activation)
 
     def _unsettle(self) -> None:
         """Forget the step; in evaluation mode choose it anew at once, if there are weights to choose it for."""
-        self._step, self._stamps = None, []
+        self._step, self._seen = None, None
         if not (self.training or any(p.is_meta for p in self.parameters())):
             self.settle()
 
@@ -176,7 +180,7 @@ class GradientFlow(nn.Module):
         return f"method={self.tableau.name!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": None, "_stamps": [], "_pinned": None}
+        return {**self.__dict__, "_step": None, "_seen": None, "_pinned": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -184,33 +188,56 @@ class GradientFlow(nn.Module):
             self._unsettle()  # a copy's parameters are others: it settles its own step
 
 
-_Stamp = tuple[object, int, object]
+_Mark = tuple[object, int, object]
+_PLAIN = (bool, int, float, str)
 
 
-def _stamps(*parts: nn.Module, but: Tensor | None = None) -> list[_Stamp]:
-    """The tensors of these modules, but one, with what changes when one is written to; read without touching their device.
+class _Seen:
+    """What these modules, and other objects, are made of, as it is now, with what changes when it is written to; read without touching
+    a device.
 
-    The tensors themselves are kept, since the place of one that is gone may be taken by another. Inference tensors have no
-    count of their changes: theirs is never the same.
+    The tensors and their memory are kept, since another might else take the place of one that is gone. Inference tensors have no count
+    of their changes: theirs is never the same.
     """
-    stamps: list[_Stamp] = []
+
+    def __init__(self, *parts: object, but: Tensor | None = None) -> None:
+        self.marks = _marks(parts, but)
+        self.held = [thing.detach() for thing, _, _ in self.marks if isinstance(thing, Tensor)]
+
+    def still(self, *parts: object, but: Tensor | None = None) -> bool:
+        """Whether these are the same and unchanged."""
+        now = _marks(parts, but)
+        return len(now) == len(self.marks) and all(
+            a is b and place == place_ and state == state_
+            for (a, place, state), (b, place_, state_) in zip(now, self.marks, strict=True)
+        )
+
+
+def _marks(parts: Iterable[object], but: Tensor | None) -> list[_Mark]:
+    marks: list[_Mark] = []
     for part in parts:
-        stamps.append((part, 0, None))
-        for t in (*part.parameters(), *part.buffers()):
-            if t is but:
-                continue
-            try:
-                stamps.append((t, t.data_ptr(), object() if t.is_inference() else t._version))
-            except RuntimeError:  # a tensor under a functional transform has no place
-                stamps.append((t, 0, object()))
-    return stamps
+        if not isinstance(part, nn.Module):
+            marks.append((part, 0, None))
+            continue
+        for module in part.modules():
+            own = vars(module).values()
+            settings = [value for value in own if isinstance(value, _PLAIN) or _is_plain(value)]
+            marks.append((module, 0, settings))
+            tensors = (*module._parameters.values(), *module._buffers.values(), *own)
+            marks += [_mark(t) for t in tensors if isinstance(t, Tensor) and t is not but]
+    return marks
 
 
-def _same(one: list[_Stamp], other: list[_Stamp]) -> bool:
-    return len(one) == len(other) and all(
-        a is b and place == place_ and count == count_
-        for (a, place, count), (b, place_, count_) in zip(one, other, strict=True)
-    )
+def _is_plain(value: object) -> bool:
+    """Whether this is a list or tuple of numbers and strings, as the stride of a convolution is."""
+    return isinstance(value, list | tuple) and all(isinstance(entry, _PLAIN) for entry in value)
+
+
+def _mark(t: Tensor) -> _Mark:
+    try:
+        return t, t.data_ptr(), object() if t.is_inference() else t._version
+    except RuntimeError:  # a tensor under a functional transform has no place
+        return t, 0, object()
 
 
 class _Pin:
@@ -219,10 +246,10 @@ class _Pin:
     def __init__(self, flow: GradientFlow) -> None:
         self.chosen = flow._chosen()
         self.parts = (flow.linear, flow.activation)
-        self.stamps = _stamps(*self.parts)
+        self.seen = _Seen(*self.parts)
 
     def step(self) -> tuple[float | Tensor, int]:
-        if not (torch.compiler.is_compiling() or _same(self.stamps, _stamps(*self.parts))):
+        if not (torch.compiler.is_compiling() or self.seen.still(*self.parts)):
             raise RuntimeError(
                 "a flow is to be computed again for the backward pass with other weights than before: they were changed in between, "
                 "or a parametrization changes at each call. Run the backward pass first, or use Flows without recompute"
@@ -447,12 +474,13 @@ def _resolvent(module: Resolvent, shape: Shape, unit: float) -> Certificate:
     """The proximal map of hV, as every σ that has slopes here is a gradient. 1/(2 + 2ν/h)-averaged if V is convex, else
     1/m-Lipschitz, as I + h∇V is m-strongly monotone. The solver returns y with a computed residual r = y + h∇V(y) - x of
     ‖r‖ ≤ m·tolerance·max(‖x‖, 1), so that its distance from the solution is at most 1/m times ‖r‖ and the rounding of r."""
-    if module.training and module.estimate is not None:
+    slope = slopes(module.activation)
+    if module.training and (module.estimate is not None or slope.low < 0):
         raise Refused(
-            "Resolvent is in training mode, where its step follows an estimate: call .eval() before certifying"
+            "Resolvent is in training mode, where its step, or its solver's target, follows an estimate: call .eval() before certifying"
         )
     require_out_of_place(module.activation, "which the resolvent uses again")
-    slope, norm = slopes(module.activation), sound_norm(module.linear)
+    norm = sound_norm(module.linear)
     (m, _), h = module.curvature(norm), module.length(norm)
     inverse, convex = up(1 / m), slope.low >= 0
     smoothness = times(times(slope.high, norm), norm)
