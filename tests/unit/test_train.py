@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nonexpansive.errors import BadCheckpoint, BadInput, Interrupted
+from nonexpansive.train import loop
 from nonexpansive.train.config import Run, TrainConfig, apply_overrides
 from nonexpansive.train.data import generator
 from nonexpansive.train.loop import TrainingFailed, fit, learning_rate
@@ -327,6 +329,18 @@ def test_a_denoiser_learns_to_smooth(precision: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     fit(run, Denoiser(), task, tmp_path, accelerator="cpu", progress=False)
     assert float(rows(tmp_path)[-1]["psnr"]) > 22.5  # the noisy photograph has 20.2
+
+
+@pytest.mark.parametrize(("slow", "precision"), [(True, "bf16-mixed"), (True, "32-true"), (False, "bf16-mixed")])
+def test_a_processor_that_is_slow_in_the_precision_is_named(
+    slow: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(loop._slow_in_bf16(torch.device("cpu")), bool) and not loop._slow_in_bf16(torch.device("cuda"))
+    monkeypatch.setattr(loop, "_slow_in_bf16", lambda device: slow)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path, steps=2, precision=precision)
+    assert any("train.precision=32-true" in str(w.message) for w in caught) == (slow and precision == "bf16-mixed")
 
 
 def test_batch_must_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

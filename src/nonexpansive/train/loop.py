@@ -88,6 +88,12 @@ def fit(
     fabric = _launch(config, accelerator, devices)
     if config.batch % fabric.world_size:
         raise BadInput(f"train.batch = {config.batch}: not divisible by the {fabric.world_size} processes")
+    if fabric.is_global_zero and config.precision == "bf16-mixed" and _slow_in_bf16(fabric.device):
+        warnings.warn(
+            "this processor has no fast operations in bfloat16, in which a training may take many times as long: "
+            "--set train.precision=32-true",
+            stacklevel=2,
+        )
     share = config.batch // fabric.world_size
     rows = range(fabric.global_rank * share, (fabric.global_rank + 1) * share)
 
@@ -427,6 +433,15 @@ def _fixed(run: dict[str, Any]) -> dict[str, Any]:
 def _checkpoints(out: Path) -> list[Path]:
     """Newest first."""
     return sorted(out.glob("checkpoint-*.safetensors"), reverse=True)
+
+
+def _slow_in_bf16(device: torch.device) -> bool:
+    """Whether this is a processor without vector operations that bfloat16 convolutions are written for."""
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _export(model: nn.Module, path: Path, about: dict[str, Any]) -> None:
