@@ -189,7 +189,7 @@ class GradientFlow(nn.Module):
 
 
 _Mark = tuple[object, int, object]
-_PLAIN = (bool, int, float, str)
+_PLAIN, _ROWS = frozenset({bool, int, float, str}), frozenset({tuple, list})
 
 
 class _Seen:
@@ -220,17 +220,18 @@ def _marks(parts: Iterable[object], but: Tensor | None) -> list[_Mark]:
             marks.append((part, 0, None))
             continue
         for module in part.modules():
-            own = vars(module).values()
-            settings = [value for value in own if isinstance(value, _PLAIN) or _is_plain(value)]
+            settings, tensors = list[object](), [*module._parameters.values(), *module._buffers.values()]
+            for value in vars(module).values():
+                kind = type(value)
+                if kind in _PLAIN:
+                    settings.append(value)
+                elif kind in _ROWS and all(type(entry) in _PLAIN for entry in value):  # as the stride of a convolution
+                    settings.append(tuple(value))
+                elif isinstance(value, Tensor):
+                    tensors.append(value)
             marks.append((module, 0, settings))
-            tensors = (*module._parameters.values(), *module._buffers.values(), *own)
-            marks += [_mark(t) for t in tensors if isinstance(t, Tensor) and t is not but]
+            marks += [_mark(t) for t in tensors if t is not None and t is not but]
     return marks
-
-
-def _is_plain(value: object) -> bool:
-    """Whether this is a list or tuple of numbers and strings, as the stride of a convolution is."""
-    return isinstance(value, list | tuple) and all(isinstance(entry, _PLAIN) for entry in value)
 
 
 def _mark(t: Tensor) -> _Mark:
