@@ -267,10 +267,10 @@ def test_the_step_follows_every_change_of_the_weights() -> None:
 
 def test_the_step_follows_weights_in_memory_that_was_used_before() -> None:
     """Twice assigned, a weight may lie where it lay at first, with the count of changes that it had."""
-    block = flow()
+    block = GradientFlow(nn.Linear(64, 64, bias=False)).eval()
     weight = block.linear.weight
     for _ in range(6):
-        block(X)
+        block(torch.randn(2, 64))
         weight.data = weight.data * 1.5
         weight.data = weight.data * 1.5
         assert block.step()[0] == expected_step(block)
