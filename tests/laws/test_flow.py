@@ -277,6 +277,10 @@ def test_the_step_follows_weights_in_memory_that_was_used_before() -> None:
     block.linear.bfloat16()
     block.linear.float()
     assert block.step()[0] == expected_step(block)
+    place = block.linear.weight.data_ptr()
+    block.linear.weight.data = torch.ones(64, 64)
+    others = [torch.empty(64, 64) for _ in range(100)]
+    assert place not in [other.data_ptr() for other in others]  # it is not given to others before the change is seen
 
 
 def test_the_step_follows_a_weight_that_is_no_parameter() -> None:
