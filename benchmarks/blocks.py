@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import nonexpansive
 from nonexpansive import GradientFlow
 from nonexpansive.nn import Flows
-from nonexpansive.nn.linear import homogeneous
+from nonexpansive.nn.linear import affine, homogeneous
 from nonexpansive.nn.models import paper_classifier
 
 Program = Callable[[], object]
@@ -317,11 +317,48 @@ def growth(turns: int) -> None:
     )
 
 
+def adjoint(turns: int) -> None:
+    """The pullback of a convolution of few channels, which sums patches, beside torch's transposed convolution."""
+    rows = []
+    for batch, channels, filters, kernel, side in [
+        (8, 1, 48, 9, 64),
+        (8, 4, 35, 3, 32),
+        (8, 4, 99, 5, 32),
+        (1, 4, 99, 5, 256),
+        (8, 12, 105, 5, 32),
+    ]:
+        conv = nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=False)
+        with torch.no_grad():
+            t, pullback = affine(conv, torch.randn(batch, channels, side, side))
+
+            def summed(t: Tensor = t, pullback: Callable[..., Tensor] = pullback) -> Tensor:
+                with torch.no_grad():
+                    return pullback(t)
+
+            def transposed(t: Tensor = t, conv: nn.Conv2d = conv) -> Tensor:
+                with torch.no_grad():
+                    return F.conv_transpose2d(t, conv.weight, padding=conv.padding)  # type: ignore[arg-type]
+
+            deviation = float((summed() - transposed()).norm() / transposed().norm())
+        assert deviation < 1e-5, f"the adjoint of {conv} is off by {deviation:g}"
+        times = measure({"transposed": transposed, "pullback": summed}, turns)
+        shape = f"{batch} of {filters}→{channels}, {kernel}x{kernel}, {side}x{side}"
+        rows.append([shape, *(milliseconds(times[key]) for key in ("transposed", "pullback"))])
+        rows[-1].append(f"**{ratio(times['transposed'], times['pullback']):.1f}**")
+    table(
+        "The adjoint of a convolution, in evaluation mode, beside conv_transpose2d",
+        ["pictures", "conv_transpose2d, ms", "pullback, ms", "ratio"],
+        rows,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="fewer turns, ratios within a few percent")
-    parser.add_argument("--only", choices=["overhead", "memory", "control", "modes", "growth"], help="one table alone")
+    parser.add_argument(
+        "--only", choices=["overhead", "memory", "control", "modes", "growth", "adjoint"], help="one table alone"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     nonexpansive.keep_memory()
@@ -332,6 +369,7 @@ def main() -> None:
         "control": lambda: norm_control(5 if quick else 40, 128),
         "modes": lambda: modes(3 if quick else 11),
         "growth": lambda: growth(3 if quick else 11),
+        "adjoint": lambda: adjoint(5 if quick else 25),
     }
     print(f"torch {torch.__version__}, {arguments.threads} thread(s)")
     for name, show in tables.items():

@@ -30,7 +30,7 @@ from nonexpansive.nn import (
 )
 from nonexpansive.nn.control import CONTROLS
 from nonexpansive.nn.flow import LIPSCHITZ, observe
-from nonexpansive.nn.linear import affine, chain_length, homogeneous
+from nonexpansive.nn.linear import FEW, affine, chain_length, homogeneous
 from nonexpansive.nn.models import Denoiser
 
 LINEARS = list(flow_linears())
@@ -59,6 +59,29 @@ def test_the_adjoint_is_exact(name: str, make: Make, shape: Shape) -> None:
     for scale in (1.0, -0.3, torch.tensor(0.7, dtype=torch.float64)):
         for back in (pullback, pullback_):
             assert torch.allclose((image * s).sum() * scale, (x * back(s, scale)).sum(), rtol=1e-10, atol=1e-12)
+            with torch.no_grad():  # where convolutions of few channels go another way
+                assert torch.allclose((image * s).sum() * scale, (x * back(s, scale)).sum(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", range(1, FEW + 2))
+@pytest.mark.parametrize(
+    "geometry", [{}, {"stride": (2, 3)}, {"dilation": (1, 2), "padding": (2, 0)}, {"kernel_size": (1, 4), "stride": 2}]
+)
+def test_patches_summed_where_they_overlap_are_the_transposed_convolution(
+    channels: int, geometry: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strides that leave pixels unreached included, and on the CPU without gradients for few channels alone."""
+    folds: list[int] = []
+    fold = torch.nn.functional.fold
+    monkeypatch.setattr(torch.nn.functional, "fold", lambda *a, **k: folds.append(1) or fold(*a, **k))
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 5, **{"kernel_size": 3, "padding": 1, **geometry}).double()  # type: ignore[arg-type]
+    t, pullback = affine(conv, torch.randn(2, channels, 11, 12, dtype=torch.float64))
+    expected = pullback(t, 0.3)
+    assert not folds
+    with torch.no_grad():
+        assert torch.allclose(pullback(t, 0.3), expected, rtol=1e-12, atol=1e-12)
+    assert bool(folds) == (channels <= FEW)
 
 
 @linears

@@ -19,6 +19,7 @@ from nonexpansive.math.rounding import root, times, up
 from nonexpansive.nn.classifier import dense_classifier, flow_classifier, paper_classifier
 from nonexpansive.nn.flow import Flows, GradientFlow
 from nonexpansive.nn.implicit import Resolvent
+from nonexpansive.nn.linear import widest
 from nonexpansive.nn.ordinary import DnCNN
 from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
 from nonexpansive.nn.resize import Lifted
@@ -187,7 +188,7 @@ class Denoiser(ImageDenoiser):
     @property
     def width(self) -> float:
         layers = [cast(nn.Conv2d, flow.linear) for flow in self.flows()]
-        widths = (max(a.in_channels, a.out_channels) / scale**2 for a, scale in zip(layers, self.scales, strict=True))
+        widths = (widest(layer) / scale**2 for layer, scale in zip(layers, self.scales, strict=True))
         return max(widths) / self.lifted.factor**2
 
     def forward(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
@@ -264,7 +265,7 @@ class ProximalDenoiser(ImageDenoiser):
     @property
     def width(self) -> float:
         linear = cast(nn.Conv2d, cast(Resolvent, self.lifted.inner).linear)
-        return linear.out_channels / self.lifted.factor**2
+        return widest(linear) / self.lifted.factor**2
 
     @property
     def tolerance(self) -> float:

@@ -79,7 +79,7 @@ class PooledRamps(nn.Module):
         s = sum(
             (c_k.to(z.dtype) * (inverse * tau_k.to(z.dtype)).clamp(max=1.0) for c_k, tau_k in zip(c, tau, strict=True))
         )
-        factor = F.conv_transpose2d(s, pool) + w.to(z.dtype)  # type: ignore[arg-type]
+        factor = F.conv2d(s, pool.transpose(0, 1)) + w.to(z.dtype)  # type: ignore[arg-type]
         return z * factor.reshape(z.shape)
 
     def potential(self, z: Tensor, level: float | Tensor | None = None) -> Tensor:
