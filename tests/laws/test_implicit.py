@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cases import Difference
 from nonexpansive import certify
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.tableau import tableau
@@ -239,6 +240,37 @@ def test_a_sample_does_not_depend_on_the_others() -> None:
     resolvent, shape = built(0, step=30.0, tolerance=1e-4)
     x = sample(shape, 6) * torch.logspace(-3, 3, 6, dtype=torch.float64)[:, None]
     torch.testing.assert_close(resolvent(x), torch.cat([resolvent(row[None]) for row in x]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Conv2d(2, 4, 3, padding=1, bias=False), lambda: Difference(0.8)])
+def test_samples_that_are_solved_are_left_out_and_keep_their_levels(layer: Callable[[], nn.Module]) -> None:
+    """Solutions and gradients of a batch are those of its samples, and what is evaluated for is ever fewer of them."""
+    torch.manual_seed(0)
+    linear = layer()
+    channels = 4 if isinstance(linear, nn.Conv2d) else 2
+    resolvent = Resolvent(linear, ClippedRamps(channels, threshold=0.3), 30.0, 1e-8).double().eval()
+    x, level = sample((2, 5, 5), 4) * torch.logspace(-2, 1, 4).double()[:, None, None, None], torch.rand(4).double()
+    upstream = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    sizes: dict[str, list[int]] = {"_gradient": [], "_linearise": []}
+    for name, seen in sizes.items():
+        function = getattr(resolvent, name)
+        setattr(resolvent, name, lambda z, *a, f=function, seen=seen: seen.append(len(z)) or f(z, *a))
+
+    def outcome(rows: slice) -> list[Tensor]:
+        of = x[rows].clone().requires_grad_()
+        z = resolvent(of, level[rows])
+        grads = torch.autograd.grad((z * upstream[rows]).sum(), [of, *resolvent.activation.parameters()])
+        return [z, *grads]
+
+    together = outcome(slice(0, 4))
+    for name, seen in sizes.items():
+        solving = seen if name == "_linearise" else seen[:-1]  # the last is of the whole batch, to be differentiated
+        assert solving == sorted(solving, reverse=True) and solving[0] == 4 and min(solving) < 4, name
+    alone = [outcome(slice(i, i + 1)) for i in range(4)]
+    for index, whole in enumerate(together):
+        parts = [outcomes[index] for outcomes in alone]
+        expected = torch.cat(parts) if index < 2 else torch.stack(parts).sum(0)
+        torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("proposal", [lambda y: y, lambda y: y + 1e30, lambda y: y * math.nan])

@@ -174,15 +174,16 @@ class Resolvent(nn.Module):
         start: Tensor,
         target: Tensor,
         h: float,
-        advance: Callable[[Tensor, Tensor], Tensor],
+        advance: _Nesterov | _QuasiNewton,
         condition: float,
         *level: Tensor | float,
     ) -> tuple[Tensor, Tensor]:
         """From ``start``: the solutions, and the ratios (B,) of their residuals to the targets. A sample does not feel the others: it
-        rests once it is solved, or has had the iterations that suffice :class:`_Nesterov` at that κ/m."""
+        leaves once it is solved, or has had the iterations that suffice :class:`_Nesterov` at that κ/m."""
         root = math.sqrt(condition)
-        y, most, k = start, torch.zeros_like(target), 0
-        while True:
+        solutions, reached = start.clone(), torch.zeros_like(target)
+        rows, y, most, k = torch.arange(len(x), device=x.device), start, torch.zeros_like(target), 0
+        while len(rows):
             residual = y - x + self._gradient(y, h, *level)
             ratios = _norms(residual) / target
             if k == 0:
@@ -191,42 +192,55 @@ class Resolvent(nn.Module):
                 # with q = κ/m: ‖F(y_k)‖ ≤ 3√2 q (1 - 1/√q)^{(k-1)/2} ‖F(y_0)‖, from f(z_k) - f* ≤ (1 - 1/√q)^k ‖F(y_0)‖²/m
                 most = 1 + (2 * root * (3 * math.sqrt(2) * condition * ratios.clamp_min(1.0)).log()).ceil()
             active = (ratios > 1) & (k < most)
-            if not bool(active.any()):
-                return y, ratios
+            if not bool(active.all()):
+                solutions[rows[~active]], reached[rows[~active]] = y[~active], ratios[~active]
+                rows, x, y, residual, target, most = (v[active] for v in (rows, x, y, residual, target, most))
+                level = _of(level, active)
+                advance.keep(active)
             k += 1
-            y = torch.where(_column(active, y), advance(y, residual), y)
+            y = advance(y, residual)
+        return solutions, reached
 
     @torch.no_grad()
     def _solve_linear(self, g: Tensor, z: Tensor, h: float, condition: float, *level: Tensor | float) -> Tensor:
         """u with (I + hAᵀDA)u = g, D the symmetric derivative of σ, by conjugate gradients on each sample, to ‖residual‖ ≤
         tolerance·‖g‖."""
-        t, pullback = affine(self.linear, z)
-        with torch.enable_grad():
-            t = t.detach().requires_grad_()
-            sigma = self.activation(t.clone(), *level)
+        t, sigma, pullback = self._linearise(z, *level)
         squared = _norms(g) ** 2
         target, rho = self.tolerance**2 * squared, squared
         u, r, p = torch.zeros_like(g), g, g
         if not bool(torch.isfinite(squared).all()):
             raise BadInput("the gradient that reaches a resolvent is not finite")
+        solutions, rows = torch.zeros_like(g), torch.arange(len(g), device=g.device)
         # with q = κ/m: ‖r_k‖ ≤ 2√q (1 - 2/(√q + 1))^k ‖g‖; twice that, as rounding delays it and κ may have been estimated
         root = math.sqrt(condition)
         most = 10 + math.ceil(root + 1) * math.ceil(math.log(2 * root / self.tolerance))
         for _ in range(most):
             active = rho > target
-            if not bool(active.any()):
-                return u
+            if not bool(active.all()):  # a sample that is solved leaves
+                solutions[rows[~active]] = u[~active]
+                rows, z, u, r, p, rho, target = (v[active] for v in (rows, z, u, r, p, rho, target))
+                if not len(rows):
+                    return solutions
+                level = _of(level, active)
+                t, sigma, pullback = self._linearise(z, *level)
             (turned,) = torch.autograd.grad(sigma, t, _linear_part(self.linear, p), retain_graph=True)
             image = p + pullback(turned, h)
-            curvature = _dot(p, image)
-            a = _column(torch.where(active, rho / curvature.where(active, 1.0), 0.0), g)
+            a = _column(rho / _dot(p, image), g)
             u, r = u + a * p, r - a * image
-            old, rho = rho, torch.where(active, _norms(r) ** 2, rho)
-            p = r + _column(torch.where(active, rho / old.where(active, 1.0), 0.0), g) * p
+            old, rho = rho, _norms(r) ** 2
+            p = r + _column(rho / old, g) * p
         raise Diverging(
             f"conjugate gradients for the resolvent's derivative miss the tolerance {self.tolerance:g} in"
             f" {g.dtype}: raise the tolerance, lower the step, or use float64"
         )
+
+    def _linearise(self, z: Tensor, *level: Tensor | float) -> tuple[Tensor, Tensor, Callable[..., Tensor]]:
+        """t = Az + b, σ(t) to be differentiated for it, and the pullback of A."""
+        t, pullback = affine(self.linear, z)
+        with torch.enable_grad():
+            t = t.detach().requires_grad_()
+            return t, self.activation(t.clone(), *level), pullback
 
     def extra_repr(self) -> str:
         relative = ", relative=True" if self.estimate is not None else ""
@@ -246,6 +260,10 @@ class _Nesterov:
         ahead = y - residual / self.kappa
         before, self.z = self.z, ahead
         return torch.lerp(y if before is None else before, ahead, 1 + self.momentum)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these samples (a mask) alone."""
+        self.z = None if self.z is None else self.z[rows]
 
 
 class _QuasiNewton:
@@ -283,6 +301,13 @@ class _QuasiNewton:
         self.base = (torch.where(back, y0, y), torch.where(back, residual0, residual))
         self.step = torch.where(back, shorter, -self._direction(residual))
         return self.base[0] + self.step
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these samples (a mask) alone."""
+        if self.base is not None:
+            self.base = (self.base[0][rows], self.base[1][rows])
+            self.step, self.scale = self.step[rows], self.scale[rows]
+            self.pairs = [(s[rows], d[rows], inverse[rows]) for s, d, inverse in self.pairs]
 
     def _direction(self, residual: Tensor) -> Tensor:
         """An approximation of the inverse Jacobian of F, times ``residual``."""
@@ -337,6 +362,12 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 def _column(values: Tensor, like: Tensor) -> Tensor:
     """(B,) in the shape in which it meets (B, *shape), and in its type unless a mask."""
     return (values if values.dtype == torch.bool else values.to(like.dtype)).reshape(-1, *(1 for _ in like.shape[1:]))
+
+
+def _of(level: tuple[Tensor | float, ...], rows: Tensor) -> tuple[Tensor | float, ...]:
+    """The levels of these samples (a mask), where each has its own."""
+    own = (isinstance(value, Tensor) and value.numel() == len(rows) > 1 for value in level)
+    return tuple(v.reshape(-1)[rows] if mine else v for v, mine in zip(level, own, strict=True))  # type: ignore[union-attr]
 
 
 def _linear_part(linear: nn.Module, v: Tensor) -> Tensor:
