@@ -33,7 +33,7 @@ CHUNK = 256
 """The longest chunk."""
 
 FEW = 4
-"""Up to so many channels a convolution's adjoint is summed patch by patch on the CPU. Measured at 1 and 4: 5 and 2 times as fast."""
+"""Up to so many channels a convolution's adjoint is summed patch by patch on the CPU. Measured at 1 and 4: some 5 and 2 times as fast."""
 
 MANY = 1024
 """From so many columns on a product is summed in chunks."""
