@@ -30,7 +30,7 @@ from nonexpansive.nn import (
 )
 from nonexpansive.nn.control import CONTROLS
 from nonexpansive.nn.flow import LIPSCHITZ, observe
-from nonexpansive.nn.linear import FEW, affine, chain_length, homogeneous
+from nonexpansive.nn.linear import FEW, affine, chain_length, homogeneous, widest
 from nonexpansive.nn.models import Denoiser
 
 LINEARS = list(flow_linears())
@@ -70,18 +70,24 @@ def test_the_adjoint_is_exact(name: str, make: Make, shape: Shape) -> None:
 def test_patches_summed_where_they_overlap_are_the_transposed_convolution(
     channels: int, geometry: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Strides that leave pixels unreached included, and on the CPU without gradients for few channels alone."""
+    """Strides that leave pixels unreached included; on the CPU without gradients, for few channels, and not where patches, of so large
+    a kernel, would need far more memory than the output."""
     folds: list[int] = []
     fold = torch.nn.functional.fold
     monkeypatch.setattr(torch.nn.functional, "fold", lambda *a, **k: folds.append(1) or fold(*a, **k))
     torch.manual_seed(0)
-    conv = nn.Conv2d(channels, 5, **{"kernel_size": 3, "padding": 1, **geometry}).double()  # type: ignore[arg-type]
-    t, pullback = affine(conv, torch.randn(2, channels, 11, 12, dtype=torch.float64))
-    expected = pullback(t, 0.3)
-    assert not folds
-    with torch.no_grad():
-        assert torch.allclose(pullback(t, 0.3), expected, rtol=1e-12, atol=1e-12)
-    assert bool(folds) == (channels <= FEW)
+    options = {"kernel_size": 3, "padding": 1, **geometry}
+    x = torch.randn(2, channels, 11, 12, dtype=torch.float64)
+    for filters in (6 * channels, channels):
+        folds.clear()
+        conv = nn.Conv2d(channels, filters, **options).double()  # type: ignore[arg-type]
+        t, pullback = affine(conv, x)
+        expected = pullback(t, 0.3)
+        assert not folds
+        with torch.no_grad():
+            assert torch.allclose(pullback(t, 0.3), expected, rtol=1e-12, atol=1e-12)
+        assert bool(folds) == (channels <= FEW and filters > channels)
+        assert widest(conv) >= max(filters, channels)
 
 
 @linears

@@ -112,25 +112,26 @@ def _folds(linear: Any, s: Tensor) -> bool:
     """Whether :func:`_folded` is quicker than a transposed convolution: on the CPU, where that is slow for so few channels, and where
     nothing is differentiated, for its derivative is slow."""
     plain = s.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return _has_few(linear) and plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return _patches(linear) > 0 and plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _has_few(linear: Any) -> bool:
-    return isinstance(linear, nn.Conv2d) and linear.groups == 1 and linear.in_channels <= FEW
+def _patches(linear: Any) -> int:
+    """The numbers in a patch that the convolution reads, if it reads FEW channels and makes half as many numbers of it at least; else 0."""
+    if not isinstance(linear, nn.Conv2d) or linear.groups > 1 or linear.in_channels > FEW:
+        return 0
+    size = linear.in_channels * math.prod(linear.kernel_size)
+    return size if size <= 2 * linear.out_channels else 0
 
 
 def _folded(s: Tensor, weight: Tensor, size: tuple[int, ...], linear: Any) -> Tensor:
     """The transposed convolution as a product with the weights, which gives each patch, and the sum of the patches where they overlap."""
-    patches = weight.flatten(1).T.contiguous() @ s.flatten(
-        2
-    )  # a copy: with a parameter itself matmul goes a way that is slower
-    return F.fold(patches, size, linear.kernel_size, linear.dilation, linear.padding, linear.stride)
+    columns = weight.flatten(1).T.contiguous()  # a copy: with a parameter itself the product is slower
+    return F.fold(columns @ s.flatten(2), size, linear.kernel_size, linear.dilation, linear.padding, linear.stride)
 
 
 def widest(linear: nn.Conv2d) -> int:
     """The most channels that an array has which the convolution, or its adjoint, makes for each position of its output."""
-    patches = linear.in_channels * math.prod(linear.kernel_size) if _has_few(linear) else 0
-    return max(linear.in_channels, linear.out_channels, patches)
+    return max(linear.in_channels, linear.out_channels, _patches(linear))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Tensor:
