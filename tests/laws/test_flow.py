@@ -88,6 +88,11 @@ def test_patches_summed_where_they_overlap_are_the_transposed_convolution(
             assert torch.allclose(pullback(t, 0.3), expected, rtol=1e-12, atol=1e-12)
         assert bool(folds) == (channels <= FEW and filters > channels)
         assert widest(conv) >= max(filters, channels)
+        folds.clear()
+        with torch.no_grad():
+            t, pullback = affine(conv.bfloat16(), x.bfloat16())
+            pullback(t)
+        assert not folds
 
 
 @linears

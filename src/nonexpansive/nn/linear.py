@@ -109,9 +109,11 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
 
 
 def _folds(linear: Any, s: Tensor) -> bool:
-    """Whether :func:`_folded` is quicker than a transposed convolution: on the CPU, where that is slow for so few channels, and where
-    nothing is differentiated, for its derivative is slow."""
-    plain = s.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    """Whether :func:`_folded` is quicker than a transposed convolution, and as precise: on the CPU, where that is slow for so few
+    channels, where nothing is differentiated, for its derivative is slow, and not in 16 bits, in which it would add up."""
+    plain = (
+        s.device.type == "cpu" and s.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    )
     return _patches(linear) > 0 and plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
