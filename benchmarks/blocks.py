@@ -346,7 +346,7 @@ def adjoint(turns: int) -> None:
         rows.append([shape, *(milliseconds(times[key]) for key in ("transposed", "pullback"))])
         rows[-1].append(f"**{ratio(times['transposed'], times['pullback']):.1f}**")
     table(
-        "The adjoint of a convolution, in evaluation mode, beside conv_transpose2d",
+        "The adjoint of a convolution, without gradients, beside conv_transpose2d",
         ["pictures", "conv_transpose2d, ms", "pullback, ms", "ratio"],
         rows,
     )

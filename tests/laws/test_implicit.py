@@ -266,6 +266,11 @@ def test_samples_that_are_solved_are_left_out_and_keep_their_levels(layer: Calla
     for name, seen in sizes.items():
         solving = seen if name == "_linearise" else seen[:-1]  # the last is of the whole batch, to be differentiated
         assert solving == sorted(solving, reverse=True) and solving[0] == 4 and min(solving) < 4, name
+    z, u = together[0].detach().requires_grad_(), together[1]
+    (image,) = torch.autograd.grad(
+        z + resolvent._gradient(z, 30.0, level), z, u
+    )  # (I + h∇²V)u, which is to be the upstream
+    assert (norms(image - upstream) <= 1.01e-8 * norms(upstream)).all()
     alone = [outcome(slice(i, i + 1)) for i in range(4)]
     for index, whole in enumerate(together):
         parts = [outcomes[index] for outcomes in alone]

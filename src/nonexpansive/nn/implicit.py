@@ -293,7 +293,7 @@ class _QuasiNewton:
         d, before, after = residual - residual0, _dot(residual0, p), _dot(residual, p)
         back = _column(after > -self.OVERSHOT * before, y)
         product, squared = after - before, _norms(d) ** 2
-        usable = product > 0  # not where a sample rests, or rounding is all there is
+        usable = product > 0  # not where rounding is all there is
         shorter = _column((-before / product).where(usable, 1.0), y) * p
         inverse = _column((1 / product).where(usable, 0.0), y)
         self.pairs = [*self.pairs[1 - self.MEMORY :], (p, d, inverse)]

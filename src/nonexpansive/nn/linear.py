@@ -1,8 +1,8 @@
 """A linear layer and its exact adjoint, whatever the layer.
 
 ``affine(linear, x)`` gives t = Ax + b and the pullback s ↦ Aᵀs. For ``nn.Linear`` and zero-padded convolutions the adjoint is
-written out (a transposed convolution); for every other layer it is the vector-Jacobian product of the layer's own forward,
-hence right for each padding mode, parametrization, and module of the user's.
+written out (a transposed convolution, or where that is slow the same sum patch by patch); for every other layer it is the
+vector-Jacobian product of the layer's own forward, hence right for each padding mode, parametrization, and module of the user's.
 
 In evaluation mode a product with a matrix of many columns is summed in chunks, and then over the chunks: what can be proved of the
 rounding of a sum grows with the length of its longest chain of additions (Higham 2002, §4.2): 272 for 4,096 columns.
