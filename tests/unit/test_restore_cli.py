@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("deepinv", reason="the forward models need the extra nonexpa
 import nonexpansive
 from nonexpansive.app import cli
 from nonexpansive.app.images import read_image, write_image
+from nonexpansive.app.runs import captions
 from nonexpansive.nn.models import build
 from nonexpansive.restore.iterate import NOT_CERTIFIED
 from nonexpansive.restore.operators import Operator, forward_model
@@ -48,8 +50,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {channels: folder / f"{channels}.png" for channels in (1, 3)}
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["nonexpansive", "restore", *map(str, arguments)])
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object, command: str = "restore") -> int:
+    monkeypatch.setattr(sys, "argv", ["nonexpansive", command, *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     return int(stop.value.code or 0)
@@ -195,16 +197,20 @@ def test_plain_steps_on_request_and_where_memory_is_short(monkeypatch, tmp_path,
     assert len(values["proved"]) == 5  # a rate is known beforehand of plain steps alone
 
 
-def test_an_uncertified_run_says_so_everywhere(monkeypatch, tmp_path, models, photos, capsys):
+@pytest.mark.parametrize(("command", "blurring"), [("restore", BLUR), ("deblur", ("-k", "box:3", "-s", "1%"))])
+def test_an_uncertified_run_says_so_everywhere(monkeypatch, tmp_path, models, photos, capsys, command, blurring):
     from PIL import Image
 
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **style: titles.append(text))
     out, result = tmp_path / "o.png", tmp_path / "r.json"
-    diverging = (*BLUR, "--degrade", "--method", "forward-backward", "--tau", 2.5, "--model", models[3], "-o", out)
-    assert run(monkeypatch, photos[3], *diverging) == 4
+    common = (*blurring, "--degrade", "--model", models[3], "-o", out)
+    diverging = (*common, "--method", "forward-backward", "--tau", 2.5)
+    assert run(monkeypatch, photos[3], *diverging, command=command) == 4
     assert "nearest setting" in capsys.readouterr().err
     assert not out.exists()
     more = ("--uncertified", "--json", result, "--figure", tmp_path / "f.svg", "--iterations", 20)
-    assert run(monkeypatch, photos[3], *diverging, *more) == 0
+    assert run(monkeypatch, photos[3], *diverging, *more, command=command) == 0
     printed = capsys.readouterr().out
     assert printed.count(NOT_CERTIFIED) == 2 and "τ < 2/L_f" in printed and "is proved:" in printed
     assert "convergence is proved" not in printed.replace("convergence is not proved", "")
@@ -212,11 +218,18 @@ def test_an_uncertified_run_says_so_everywhere(monkeypatch, tmp_path, models, ph
     assert values["warning"] == NOT_CERTIFIED and not values["certified"] and values["certificate"] is None
     assert "τ < 2/L_f" in values["refusal"]
     assert Image.open(out).text["Comment"] == NOT_CERTIFIED  # type: ignore[attr-defined]
-    assert (tmp_path / "f.svg").stat().st_size > 1000
+    assert titles == [NOT_CERTIFIED] and (tmp_path / "f.svg").stat().st_size > 1000
     # permission alone does not make a proved run uncertified
-    assert run(monkeypatch, photos[3], *BLUR, "--degrade", "--model", models[3], "-o", out, "--uncertified") == 0
+    assert run(monkeypatch, photos[3], *common, "--uncertified", command=command) == 0
     assert NOT_CERTIFIED not in capsys.readouterr().out
     assert "Comment" not in Image.open(out).text  # type: ignore[attr-defined]
+
+
+def test_a_figure_claims_of_the_residual_what_is_proved_of_it():
+    """An averaged iteration cannot let it grow; an anchored one, a descent, and one of which nothing is known can."""
+    proved = [captions(SimpleNamespace(averaged=a, certificate=c), anchored)["note"] for a, c, anchored in  # type: ignore[arg-type]
+              ((0.9, "T", False), (0.9, "T", True), (None, "descent", False), (None, None, False))]  # fmt: skip
+    assert "never increases" in proved[0] and proved[1:] == ["", "", ""]
 
 
 def test_a_folder_is_restored_file_by_file(monkeypatch, tmp_path, models, capsys):

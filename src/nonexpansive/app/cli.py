@@ -30,12 +30,15 @@ from nonexpansive.app.runs import (
     Model,
     Seed,
     Tolerance,
+    Uncertified,
     accelerated,
+    captions,
     ceil,
     check_outputs,
     compare,
     finish,
     iterate,
+    mark,
     show_certificate,
     show_plan,
     the_denoiser,
@@ -95,6 +98,7 @@ def deblur(
     acceleration: Accelerated = "auto",
     tolerance: Tolerance = 3e-4,
     iterations: Iterations = 300,
+    uncertified: Uncertified = False,
     seed: Seed = 0,
     memory: Memory = 500.0,
     figure: Figure = None,
@@ -123,7 +127,8 @@ def deblur(
     else:
         clean, y = None, x
         blurring = blur(k, image_shape(shape, k, boundary), boundary)  # type: ignore[arg-type]
-    prepared = plan(y, blurring, denoiser, level_of_noise, method=method, sigma=sigma, tau=tau, memory=memory * 1e6)
+    chosen: dict[str, Any] = {"method": method, "sigma": sigma, "tau": tau, "uncertified": uncertified}
+    prepared = plan(y, blurring, denoiser, level_of_noise, memory=memory * 1e6, **chosen)
     show_plan(prepared, denoiser)
     report = iterate(prepared, tolerance, iterations, accelerate)
     restored = blurring.crop(report.image) if not degraded else report.image
@@ -138,10 +143,12 @@ def deblur(
         "method": prepared.method,
         "level": prepared.sigma,
         "tau": prepared.tau,
+        "refusal": prepared.refusal,
         "tiled": not whole(denoiser, blurring.image_shape, memory),
         **report.to_json(),
     }
     write_like(output, restored[0], picture)
+    mark(prepared, output)
     if clean is not None:
         shown = blurring.crop(clean), y, blurring.crop(restored)
         result["quality"] = compare({"blurred": (shown[1], shown[0]), "restored": (shown[2], shown[0])})
@@ -150,8 +157,16 @@ def deblur(
     if figure is not None:
         from nonexpansive.app.figures import restoration
 
-        restoration(figure, clean=shown[0], degraded=shown[1], restored=shown[2], residuals=report.residuals, tolerance=tolerance,
-                    quality=result.get("quality"))  # fmt: skip
+        restoration(
+            figure,
+            clean=shown[0],
+            degraded=shown[1],
+            restored=shown[2],
+            residuals=report.residuals,
+            tolerance=tolerance,
+            quality=result.get("quality"),
+            **captions(prepared),
+        )
     finish(result, output, figure, json_file, began)
 
 

@@ -20,7 +20,7 @@ def restoration(
     residuals: list[float] | None = None,
     tolerance: float | None = None,
     quality: dict[str, dict[str, float]] | None = None,
-    note: str = ", never increasing by proof",
+    note: str | None = None,
     warning: str | None = None,
 ) -> None:
     """Pictures (1, C, H, W) side by side with their PSNR, and, for an iteration, the relative residual at each step. ``note`` is what is
@@ -43,7 +43,7 @@ def restoration(
         axes[-1].semilogy(range(1, len(residuals) + 1), residuals)
         if tolerance:
             axes[-1].axhline(tolerance, linestyle=":", color="grey")
-        axes[-1].set(xlabel="step", title=f"relative residual{note}")
+        axes[-1].set(xlabel="step", title=f"relative residual{note or ''}")
         axes[-1].grid(alpha=0.3, which="both")
     if warning:
         figure.suptitle(warning, color="red")

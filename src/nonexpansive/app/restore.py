@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import struct
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -27,18 +25,21 @@ from nonexpansive.app.runs import (
     Model,
     Seed,
     Tolerance,
+    Uncertified,
     accelerated,
+    captions,
     check_outputs,
     compare,
     finish,
     iterate,
+    mark,
     show_plan,
     the_denoiser,
     whole,
 )
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput, NonexpansiveError
-from nonexpansive.restore.iterate import NOT_CERTIFIED, Acceleration
+from nonexpansive.restore.iterate import Acceleration
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
 from nonexpansive.restore.methods import METHODS
 from nonexpansive.restore.operators import MODELS, forward_model, settings
@@ -151,9 +152,7 @@ def restore(
     acceleration: Accelerated = "auto",
     iterations: Iterations = 300,
     tolerance: Tolerance = 3e-4,
-    uncertified: Annotated[
-        bool, typer.Option("--uncertified", help="Run even where convergence is not proved; every output says so.")
-    ] = False,
+    uncertified: Uncertified = False,
     seed: Seed = 0,
     memory: Memory = 500.0,
     figure: Figure = None,
@@ -260,8 +259,7 @@ def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, A
         "tiled": not whole(denoiser, shape, job.memory),
         **report.to_json(),
     }
-    if prepared.certificate is None and job.output.suffix.lower() == ".png":
-        _annotate(job.output)
+    mark(prepared, job.output)
     if clean is not None:
         truth = _seen(data, clean)
         result["quality"] = compare({"start": (start, truth), "restored": (restored, truth)})
@@ -275,7 +273,6 @@ def _draw(
 ) -> None:
     from nonexpansive.app.figures import restoration
 
-    monotone = prepared.averaged is not None and not job.chosen["anchored"]
     restoration(
         path,
         clean=None if clean is None else _seen(prepared.data, clean),
@@ -284,8 +281,7 @@ def _draw(
         residuals=result["residuals"],
         tolerance=job.tolerance,
         quality=result.get("quality"),
-        note=", never increasing by proof" if monotone else "",
-        warning=None if prepared.certificate is not None else NOT_CERTIFIED,
+        **captions(prepared, job.chosen["anchored"]),
     )
 
 
@@ -422,15 +418,6 @@ def _write(path: Path, image: Tensor, picture: Photograph | None) -> None:
             np.save(temporary, image[0].cpu().numpy(), allow_pickle=False)
         return
     write_like(path, image[0], picture)
-
-
-def _annotate(path: Path) -> None:
-    """Put into a PNG file, as its comment, that nothing was proved: a tEXt chunk after the header (8 + 25 bytes)."""
-    text = b"Comment\0" + NOT_CERTIFIED.encode("latin-1")
-    chunk = struct.pack(">I", len(text)) + b"tEXt" + text + struct.pack(">I", zlib.crc32(b"tEXt" + text))
-    content = path.read_bytes()
-    with atomic(path) as temporary:
-        temporary.write_bytes(content[:33] + chunk + content[33:])
 
 
 def _settings(name: str, given: list[str]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from nonexpansive import checkpoint
 from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, err, out, write_json
+from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import Certificate
 from nonexpansive.math.rounding import above
@@ -56,6 +59,9 @@ Accelerated = Annotated[
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise that is added.")]
 Tolerance = Annotated[float, typer.Option(min=1e-6, help="Stop when the relative residual is at most this.")]
 Iterations = Annotated[int, typer.Option(min=1, help="At most so many steps.")]
+Uncertified = Annotated[
+    bool, typer.Option("--uncertified", help="Run even where convergence is not proved; every output says so.")
+]
 
 
 def accelerated(name: str) -> Acceleration | Literal["auto"] | None:
@@ -156,6 +162,26 @@ def iterate(
         markup=False,
     )
     return report
+
+
+def captions(prepared: Plan, anchored: bool = False) -> dict[str, str | None]:
+    """What a figure of the run says of its proof: ``note``, of the residual, and ``warning``."""
+    monotone = prepared.averaged is not None and not anchored
+    return {
+        "note": "\n‖T(x) - x‖ never increases, by proof" if monotone else "",
+        "warning": None if prepared.certificate is not None else NOT_CERTIFIED,
+    }
+
+
+def mark(prepared: Plan, output: Path) -> None:
+    """Put into a PNG file, as its comment, that nothing was proved, where nothing was: a tEXt chunk after the header (8 + 25 bytes)."""
+    if prepared.certificate is not None or output.suffix.lower() != ".png":
+        return
+    text = b"Comment\0" + NOT_CERTIFIED.encode("latin-1")
+    chunk = struct.pack(">I", len(text)) + b"tEXt" + text + struct.pack(">I", zlib.crc32(b"tEXt" + text))
+    content = output.read_bytes()
+    with atomic(output) as temporary:
+        temporary.write_bytes(content[:33] + chunk + content[33:])
 
 
 def ceil(alpha: float | None) -> str:
