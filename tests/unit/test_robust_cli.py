@@ -142,6 +142,22 @@ def test_under_attack_it_is_at_least_the_certified_accuracy(weights: Path, tmp_p
     assert all(r >= c for r, c in zip(robust, certified, strict=True)) and robust[1] < robust[0]
 
 
+@pytest.mark.parametrize("epsilon", [0.1, 1e-6])
+def test_what_is_certain_need_not_be_attacked(weights: Path, tmp_path: Path, epsilon: float) -> None:
+    """The accuracy is the same, of fewer attacks; at the small ε nothing but what is wrong is left."""
+    results = []
+    for more in ((), ("--undecided",)):
+        file = tmp_path / "a.json"
+        common = ("--data", tmp_path, "--limit", 24, "--epsilon", epsilon, "--json", file)
+        text = run("attack", weights, *common, *more)
+        results.append(json.loads(file.read_text()))
+    every, some = results
+    assert every["robust"] == some["robust"] and every["certified"] == some["certified"]
+    right, certain = (round(24 * share) for share in some["certified"]["accuracy"])
+    assert every["attacked"] == right and some["attacked"] == right - certain < right
+    assert f"on the {some['attacked']} left undecided" in text
+
+
 def test_a_photograph_is_classified(weights: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyautoattack", reason="needs the extra nonexpansive[attack]")
     image = load_images("digits", "test").images[0].float() / 255
