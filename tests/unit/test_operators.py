@@ -215,6 +215,7 @@ def test_kernels_of_one_and_two_pixels_are_what_they_say(side: tuple[int, int], 
         ("mri", (1, 8, 8), {"acceleration": 4, "centre": 0.5}, "lower either"),
         ("tomography", (1, 8, 9), {}, "square"),
         ("tomography", (1, 8, 8), {"angles": 0}, "angles"),
+        ("tomography", (1, 96, 96), {"angles": 2_000_000}, "275 GiB .* 151 sample"),
         ("tomography", (1, 2, 2), {"circle": True}, "side 3"),
     ],
 )

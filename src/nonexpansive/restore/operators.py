@@ -29,6 +29,9 @@ Map = Callable[[Tensor], Tensor]
 SEED = 0x5EED
 """Of the random vectors on which an operator is tried."""
 
+MOST_BYTES = 16 * 2**30
+"""What is stored for tomography, at most: a number of angles mistyped must not bring the machine down."""
+
 
 class Operator:
     """A linear map A from pictures (B, *image_shape) to data (B, *data_shape), with ‖A‖ ≤ ``norm``.
@@ -514,6 +517,13 @@ def _tomography(
         )
     if not isinstance(angles, int) or angles < 1:
         raise BadInput(f"angles is a number of angles, from 1, not {angles!r}")
+    if (
+        needed := 16 * angles * side**2
+    ) > MOST_BYTES:  # two float64 coordinates of each sample, and more than side² of them
+        raise BadInput(
+            f"{angles} angles of a picture of side {side} need {needed / 2**30:,.0f} GiB and more, but no more than "
+            f"{MOST_BYTES / 2**30:.0f} GiB are begun with: take fewer angles; {math.ceil(math.pi / 2 * side)} sample such a picture fully"
+        )
     theta: Any = torch.arange(angles, dtype=torch.float64) * (180 / angles)
     physics: Any = Tomography(
         theta.to(dtype), side, circle=circle, adjoint_via_backprop=True, normalize=False, dtype=dtype
