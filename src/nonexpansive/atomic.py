@@ -26,9 +26,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
     Raises ``BadInput`` where the disk is full or the place cannot be written; other errors of the block pass through.
     """
     target = Path(os.path.realpath(path))  # a link stays a link
+    if target.exists() and not target.is_file():
+        raise BadInput(f"{str(path)!r} is no file that could be replaced by a new one: name a file")
     temporary: Path | None = None
+    stem = target.stem.encode(errors="ignore")[:100].decode(errors="ignore")  # names are limited in bytes
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem[:100]}.", suffix=target.suffix)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{stem}.", suffix=target.suffix)
         os.close(handle)
         temporary = Path(name)
         yield temporary

@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nonexpansive
 from cases import Dense, norms
 from nonexpansive import Certificate
 from nonexpansive.errors import BadInput, Diverging
 from nonexpansive.math.certificate import rule
 from nonexpansive.math.enclosure import Affine
 from nonexpansive.nn import Resolvent, Scale
-from nonexpansive.restore import iterate
+from nonexpansive.restore import blur, iterate, kernel, plan
 from nonexpansive.restore.iterate import NOT_CERTIFIED, Report, fixed_point, prove
 from nonexpansive.restore.methods import splitting
-from nonexpansive.restore.schemes import Halpern
-from nonexpansive.restore.splitting import ForwardBackward
+from nonexpansive.restore.schemes import Halpern, KrasnoselskiiMann
+from nonexpansive.restore.splitting import ForwardBackward, HalfQuadratic
 from nonexpansive.restore.steps import Box, GradientStep
 
 SHAPE = (1, 6, 5)
@@ -203,6 +204,30 @@ def test_a_contraction_that_is_solved_for_knows_its_distance() -> None:
     assert report.error is not None
     distance = float(norms(report.image - image).max())
     assert 1e-3 < distance <= report.error < 3
+
+
+def test_a_map_that_overwrites_its_input_is_given_a_copy() -> None:
+    """Else ‖T(x) - x‖ would be 0 at once. The fixed points are x ≥ 0."""
+    T, start = nn.Sequential(nn.LeakyReLU(0.5, inplace=True)), -torch.ones(1, 3)
+    report = fixed_point(T, start, certificate=prove(T, (3,)), iterations=20)
+    assert report.residuals[0] == 1.0 and float(report.image.abs().max()) < 1e-5
+    assert bool((start == -1).all())
+
+
+def test_a_fixed_point_is_assumed_where_none_is_known_to_exist() -> None:
+    """x - ½ is averaged and has none, a contraction has, and so has what ends in a box."""
+    free, box = HalfQuadratic(nn.ReLU(), nn.ReLU()), HalfQuadratic(nn.ReLU(), Box())
+    for T, assumed in ((free, True), (KrasnoselskiiMann(free, 0.5), True), (Scale(0.5), False), (box, False)):
+        assert ("a fixed point exists" in prove(T, (3,)).assumptions) == assumed
+
+
+def test_a_black_picture_contradicts_nothing() -> None:
+    """A denoiser works on x - ½, so its rounding does not shrink with ‖T(x)‖; and a residual is a number where T(x) = 0."""
+    denoiser, A = nonexpansive.load("denoiser-grey-small"), blur(kernel("box:3"), (1, 64, 64))
+    black = plan(torch.zeros(1, 1, 64, 64), A, denoiser, 0.01, method="forward-backward")
+    assert len(black.run(tolerance=1e-5, iterations=60).residuals) > 30
+    below = plan(torch.full((1, 1, 64, 64), -0.2), A, denoiser, 0.01).run(iterations=5)
+    assert all(math.isfinite(residual) for residual in below.residuals)
 
 
 def test_an_uncertified_run_says_so() -> None:

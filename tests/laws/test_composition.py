@@ -186,6 +186,25 @@ def _overridden() -> nn.Module:
     return convolution
 
 
+class Loud(Tensor):
+    """A tensor that turns what a linear layer does with it up to ten."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return 10 * out if func is nn.functional.linear else out
+
+
+def _with(module: nn.Module, **values: object) -> nn.Module:
+    for name, value in values.items():
+        setattr(module, name, value)
+    return module
+
+
+def _reweighed(weight: Tensor, **settings: str) -> nn.Module:
+    return _with(nn.Conv2d(2, 2, 3, padding=1, **settings), weight=nn.Parameter(weight))  # type: ignore[arg-type]
+
+
 REFUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("Softmax", lambda: nn.Softmax(1), (3,)),
     ("LayerNorm", lambda: nn.LayerNorm(3), (3,)),
@@ -205,6 +224,18 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("hooks", lambda: spectral_norm(nn.Linear(3, 3)), (3,)),
     ("of its own", _replaced, (3,)),
     ("of its own", _overridden, (3, 2)),
+    ("a Loud", lambda: _with(nn.Linear(3, 3), weight=nn.Parameter(torch.eye(3).as_subclass(Loud))), (3,)),
+    ("a Loud", lambda: _with(nn.ReLU(), scale=nn.Parameter(torch.eye(3).as_subclass(Loud))), (3,)),
+    ("float8", lambda: nn.Linear(3, 3).to(torch.float8_e4m3fn), (3,)),
+    ("sparse", lambda: _with(nn.Linear(3, 3), weight=nn.Parameter(torch.eye(3).to_sparse())), (3,)),
+    # torch pads for 3x3, so that the 1x1 kernel sees the picture's margin twice
+    ("not what it states", lambda: _reweighed(torch.rand(2, 2, 1, 1), padding_mode="circular"), (2, 5, 5)),
+    ("an axis", lambda: _with(nn.Conv2d(1, 1, 3), stride=2), (1, 5, 5)),
+    ("an axis", lambda: _with(nn.Conv2d(1, 1, 3), padding=1), (1, 5, 5)),
+    ("crops", lambda: nn.Conv1d(1, 1, 3, padding=-1, padding_mode="replicate"), (1, 12)),
+    ("crops", lambda: nn.CircularPad3d((3, 2, 1, 3, -1, 1)), (1, 1, 3, 4)),
+    ("crops", lambda: nn.ReflectionPad1d((-1, 2)), (1, 5)),
+    ("compiled", lambda: _with(nn.ReLU(), _compiled_call_impl=lambda x: 5 * x), (3,)),
     ("complex", lambda: nn.Linear(3, 3, dtype=torch.complex64), (3,)),
     ("meta", lambda: nn.Linear(3, 3, device="meta"), (3,)),
     ("batch", lambda: nn.BatchNorm1d(3), (3,)),
@@ -257,6 +288,18 @@ def test_global_hooks_are_refused() -> None:
             certify(nn.ReLU(), (3,))
     finally:
         handle.remove()
+
+
+def test_a_type_whose_forward_was_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: 5 * x)
+    with pytest.raises(Refused, match="was replaced"):
+        certify(nn.Tanh(), (3,))
+
+
+def test_cropping_by_replication_is_certified() -> None:
+    """It leaves the kernels of torch that the other negative paddings break out of."""
+    pad = nn.ReplicationPad2d((-1, 2, 1, -2)).double()
+    assert stretch(pad, *pairs((1, 6, 6))).max() <= certify(pad, (1, 6, 6)).lipschitz
 
 
 def test_shapes_that_are_none() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -558,6 +561,31 @@ def test_what_is_changed_afterwards_is_refused_when_it_is_certified() -> None:
     with pytest.raises(Refused, match="parametrization in training mode"):
         certify(scaled, (4,))
     assert certify(scaled.eval(), (4,)).lipschitz > 0
+
+
+def test_a_flow_notices_what_changes_while_its_step_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's write, after the bound has read the weights: counted, so the next call must see it."""
+    from nonexpansive.nn import flow as module
+
+    def late(linear: nn.Module) -> float:
+        norm = sound(linear)
+        with torch.no_grad():
+            linear.weight.mul_(10.0)  # type: ignore[operator, union-attr]
+        monkeypatch.setattr(module, "sound_norm", sound)
+        return norm
+
+    block, sound = flow(), module.sound_norm
+    monkeypatch.setattr(module, "sound_norm", late)
+    stale = block.settle()
+    assert block.step() != stale and block.step() == block.settle()
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, Fraction])
+def test_a_setting_that_is_a_number_of_another_kind_is_looked_at_too(kind: Callable[[float], Any]) -> None:
+    block = GradientFlow(nn.Linear(4, 4), nn.LeakyReLU(kind(0.5))).double().eval()
+    before = block.step()
+    block.activation.negative_slope = kind(20.0)
+    assert block.step() != before and block.step() == block.settle()
 
 
 def test_a_learned_slope_below_zero_is_refused_by_eval() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import nonexpansive
 from cases import Dense, denoiser, norms
 from nonexpansive import Certificate, certify
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.certificate import rule
 from nonexpansive.math.enclosure import Affine
 from nonexpansive.nn import Relaxed, Scale
+from nonexpansive.restore import blur, plan
 from nonexpansive.restore.iterate import fixed_point, prove
 from nonexpansive.restore.methods import splitting
 from nonexpansive.restore.splitting import DouglasRachford, ForwardBackward, HalfQuadratic
@@ -131,6 +134,17 @@ def test_what_a_splitting_needs_is_asked_for() -> None:
         splitting("douglas-rachford", model, DATA, DATA.y, sigma=0.1, tau=1.0, box=True)
     with pytest.raises(Refused, match="NaN"):
         certify(ProximalStep(DATA, DATA.y * math.nan, 1.0), SHAPE)
+
+
+def test_data_are_a_batch_of_floats() -> None:
+    A, denoiser = blur(torch.ones(3, 3) / 9, (1, 12, 12)), nonexpansive.load("denoiser-grey-small")
+    y = torch.rand(2, 1, 12, 12)
+    for wrong in (y[:0], (255 * y).to(torch.uint8)):
+        with pytest.raises(BadInput, match="batch of floats"):
+            plan(wrong, A, denoiser, 0.01)
+    one, other = (plan(data, A, denoiser, noise).run(iterations=2) for data, noise in
+                  ((y, 0.01), (y.double(), np.float64(0.01))))  # fmt: skip
+    torch.testing.assert_close(one.image, other.image)
 
 
 def test_a_forward_model_without_a_bound_is_refused() -> None:

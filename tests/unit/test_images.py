@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import stat
 import struct
 import subprocess
 import sys
@@ -341,6 +342,21 @@ def test_atomic_follows_a_link(tmp_path: Path) -> None:
     with atomic(tmp_path / "link") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
+def test_atomic_replaces_files_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(BadInput, match="no file"), atomic(path):
+            pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_atomic_takes_every_name_that_a_file_may_have(tmp_path: Path) -> None:
+    path = tmp_path / ("字" * 83 + ".png")  # 253 bytes
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

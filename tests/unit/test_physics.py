@@ -231,6 +231,10 @@ def test_degrade(boundary: Boundary) -> None:
     assert degrade(torch.ones_like(x), blurring, 0.1).max() > 1.1  # not clipped
     with pytest.raises(BadInput, match="finite"):
         degrade(x, blurring, -0.1)
+    for noise in (np.float32(0.1), torch.tensor(0.1)):
+        torch.testing.assert_close(degrade(x, blurring, noise, seed=1), degrade(x, blurring, 0.1, seed=1))
+    with pytest.raises(BadInput, match="one number"):
+        degrade(x, blurring, torch.ones(2))
 
 
 def test_photons_have_the_mean_and_variance_of_their_gain() -> None:

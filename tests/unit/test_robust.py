@@ -308,3 +308,15 @@ def test_evaluation_refuses_other_labels(digits: Trained) -> None:
         evaluate(digits.made, digits.images, digits.labels + 5)
     with pytest.raises(BadInput, match="one label an image"):
         evaluate(digits.made, digits.images, digits.labels[:3])
+    with pytest.raises(BadInput, match="one label an image"):  # which would compare each with every other
+        evaluate(digits.made, digits.images, digits.labels[:, None])
+
+
+def test_a_layer_that_overwrites_its_input_does_not_change_the_images() -> None:
+    net = nn.Sequential(nn.Hardtanh(inplace=True), nn.Flatten(), nn.Linear(4, 3)).double().eval()
+    x = torch.full((1, 1, 2, 2), 5.0, dtype=torch.float64)
+    for arithmetic in (None, torch.float64):
+        made = certify_classifier(net, (1, 2, 2), arithmetic=arithmetic)
+        made.radii(x)
+        made.logits(x)
+        assert bool((x == 5).all())

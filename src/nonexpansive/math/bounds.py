@@ -386,24 +386,54 @@ def _read(layer: nn.Module) -> _Convolution:
             f"this {kind.__name__} has forward hooks or a replaced forward, which may change what it computes: remove "
             "them (torch.nn.utils.parametrizations replace the old weight_norm and spectral_norm)"
         )
-    weight = cast(Tensor, layer.weight).detach()
-    if not weight.is_floating_point():
-        raise Refused(f"the weight of this {kind.__name__} is not real floating point: use a real layer")
-    weight = weight.to("cpu", torch.float64)
+    weight = cast(Tensor, layer.weight)
+    if (found := unreadable(weight)) is not None or not weight.is_floating_point():
+        raise Refused(f"the weight of this {kind.__name__} is {found or 'not real floating point'}: use a real layer")
+    weight = weight.detach().to("cpu", torch.float64)
     if not weight.isfinite().all():
         raise Refused(f"the weight of this {kind.__name__} is not finite: training diverged or the file is damaged")
     if isinstance(layer, nn.Linear):
         return _Convolution.of(weight[None, :, :, None], (_POINT,), linear=True)
     assert isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED))
+    _require_as_built(layer, tuple(weight.shape))
     pads = _pads(layer)
     # the weight of a transposed layer, (in, out/groups, *taps), is that of its adjoint
     transposed = isinstance(layer, _TRANSPOSED)
+    if any(p < 0 for pad in pads for p in pad):
+        raise Refused(f"{layer} crops by a negative padding: crop before it instead")
     extras = layer.output_padding if transposed else [0] * len(pads)
     axes = tuple(
         _Axis(k, s, d, lo, hi, layer.padding_mode if lo or hi else "zeros", extra)
         for k, s, d, (lo, hi), extra in zip(layer.kernel_size, layer.stride, layer.dilation, pads, extras, strict=True)
     )
     return _Convolution.of(weight.unflatten(0, (layer.groups, -1)), axes, transposed=transposed)
+
+
+_REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def unreadable(tensor: Tensor) -> str | None:
+    """Why what a layer does with these numbers is not known: None, if they are torch's own tensor in an ordinary form."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}, which may change what a layer does with it"
+    if tensor.is_complex() or tensor.is_meta:
+        return "complex" if tensor.is_complex() else "without data (meta)"
+    if tensor.layout != torch.strided or (tensor.is_floating_point() and tensor.dtype not in _REAL):
+        return f"stored as {tensor.dtype}, {tensor.layout}"
+    return None
+
+
+def _require_as_built(layer: Any, weight: tuple[int, ...]) -> None:
+    """That a convolution's settings are those of its weight, which alone decides what torch computes."""
+    name = type(layer).__name__
+    stated = [layer.kernel_size, layer.stride, layer.dilation, layer.output_padding]
+    stated += [] if isinstance(layer.padding, str) else [layer.padding]
+    inner, outer = layer.in_channels, layer.out_channels
+    first, second = (inner, outer) if isinstance(layer, _TRANSPOSED) else (outer, inner)
+    if not all(isinstance(value, tuple) and len(value) == len(weight) - 2 for value in stated):
+        raise Refused(f"this {name} holds settings that are not one number an axis, as torch stores them: build it anew")
+    if weight != (first, second // layer.groups, *layer.kernel_size):
+        raise Refused(f"this {name} holds a weight of shape {weight}, which is not what it states: build it anew")
 
 
 def _pads(layer: Any) -> list[tuple[int, int]]:

@@ -27,6 +27,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from nonexpansive.errors import Refused
+from nonexpansive.math.bounds import unreadable
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import UNIT, above, plus, times, up
 
@@ -174,6 +175,9 @@ def split_averaged(alpha: float, count: int) -> float:
 # --------------------------------------------------------------------------------------------------------------- the fold
 
 _RULES: dict[type[nn.Module], Rule] = {}
+_FORWARDS: dict[type[nn.Module], object] = {}
+"""What each type's forward was when its rule was registered."""
+
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -186,7 +190,7 @@ def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for type_ in types:
-            _RULES[type_] = function
+            _RULES[type_], _FORWARDS[type_] = function, type_.forward
         return function
 
     return register
@@ -232,6 +236,8 @@ def fold(module: nn.Module, shape: Shape, unit: float) -> Certificate:
             f"{name} has no certificate: no rule is registered for exactly this type. "
             f"Use modules that have one, or register your own proof with nonexpansive.rule({name})."
         )
+    if kind.forward is not _FORWARDS[kind]:
+        raise Refused(f"the forward of {kind.__qualname__} was replaced after its rule had been registered: undo that")
     _require_unaltered(module)
     return _RULES[kind](module, shape, unit).sharpened()
 
@@ -255,6 +261,8 @@ def _require_unaltered(module: nn.Module) -> None:
             own = own or next(methods, None)
         if own is not None:
             raise Refused(f"{name} has a {own} of its own on this instance; certificates hold for the type's alone")
+        if child._compiled_call_impl is not None:
+            raise Refused(f"{name} was compiled in place: certify it before .compile()")
         if child._forward_hooks or child._forward_pre_hooks:
             raise Refused(
                 f"{name} has forward hooks, which may change what it computes. Remove them "
@@ -263,10 +271,8 @@ def _require_unaltered(module: nn.Module) -> None:
         if parametrize.is_parametrized(child) and any(p.training for p in child.parametrizations.modules()):  # type: ignore
             raise Refused(f"{name} has a parametrization in training mode, where its weights may change: call .eval()")
         for tensor in (*child.parameters(recurse=False), *child.buffers(recurse=False)):
-            if tensor.is_complex() or tensor.is_meta:
-                raise Refused(
-                    f"{name} holds {'complex numbers' if tensor.is_complex() else 'tensors without data (meta)'}"
-                )
+            if (found := unreadable(tensor)) is not None:
+                raise Refused(f"{name} holds a tensor that is {found}")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise Refused(f"{name} holds NaN or infinite numbers")
 
@@ -295,8 +301,12 @@ def _require_plain(module: nn.Module, arithmetic: torch.dtype) -> None:
 
 def _reduced_precision(devices: set[str]) -> str | None:
     """The setting of torch by which float32 products are not float32, if there is one."""
-    if torch.get_float32_matmul_precision() != "highest":
-        return f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}"
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError as error:  # of settings old and new that do not agree
+        return str(error)
+    if precision != "highest":
+        return f"torch.get_float32_matmul_precision() is {precision!r}"
     for kind in ("matmul", "conv"):  # absent from older versions, which have no such setting on a CPU
         chosen = getattr(getattr(torch.backends.mkldnn, kind, None), "fp32_precision", "none")
         if chosen not in ("none", "ieee"):

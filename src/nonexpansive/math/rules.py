@@ -255,6 +255,10 @@ def _copies(module: nn.Module, shape: Shape) -> Certificate:
 )  # fmt: skip
 def _padding(module: nn.Module, shape: Shape, unit: float) -> Certificate:
     spatial(module, shape)
+    if min(module.padding) < 0 and not name_of(module).startswith("Replication"):  # type: ignore[arg-type, operator]
+        raise Refused(
+            f"{module} crops by a negative padding, where torch may leave numbers unset: crop before it instead"
+        )
     return _copies(module, shape)
 
 

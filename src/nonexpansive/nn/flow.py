@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from numbers import Number
 from typing import Any, TypeVar
 
 import torch
@@ -118,10 +119,12 @@ class GradientFlow(nn.Module):
 
     def settle(self) -> tuple[float, int]:
         """``step()``, chosen anew for the weights as they are now."""
-        self._step = self.control.safe_step(sound_norm(self.linear), self._slopes().high, self.tableau)
-        # what parametrize.cached() holds may be older than what it is made of
-        self._seen = None if parametrize._cache_enabled else _Seen(*self._parts(), but=self.control.vector)
-        return self._step
+        # looked at first, so that what changes meanwhile is noticed at the next call; what parametrize.cached() holds may be older than
+        # what it is made of
+        seen = None if parametrize._cache_enabled else _Seen(*self._parts(), but=self.control.vector)
+        step = self.control.safe_step(sound_norm(self.linear), self._slopes().high, self.tableau)
+        self._step, self._seen = step, seen
+        return step
 
     def _parts(self) -> tuple[object, ...]:
         """All that the step of evaluation mode depends on, but for the vector of the control's estimate."""
@@ -189,7 +192,7 @@ class GradientFlow(nn.Module):
 
 
 _Mark = tuple[object, int, object]
-_PLAIN, _ROWS = frozenset({bool, int, float, str}), frozenset({tuple, list})
+_PLAIN, _ROWS = (bool, int, float, str, Number), frozenset({tuple, list})
 
 
 class _Seen:
@@ -222,13 +225,12 @@ def _marks(parts: Iterable[object], but: Tensor | None) -> list[_Mark]:
         for module in part.modules():
             settings, tensors = list[object](), [*module._parameters.values(), *module._buffers.values()]
             for value in vars(module).values():
-                kind = type(value)
-                if kind in _PLAIN:
-                    settings.append(value)
-                elif kind in _ROWS and all(type(entry) in _PLAIN for entry in value):  # as the stride of a convolution
-                    settings.append(tuple(value))
-                elif isinstance(value, Tensor):
+                if isinstance(value, Tensor):
                     tensors.append(value)
+                elif isinstance(value, _PLAIN):
+                    settings.append(value)
+                elif type(value) in _ROWS and all(isinstance(entry, _PLAIN) for entry in value):  # as a stride
+                    settings.append(tuple(value))
             marks.append((module, 0, settings))
             marks += [_mark(t) for t in tensors if t is not None and t is not but]
     return marks

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -297,7 +298,8 @@ def fixed_point(
 
     Raises Refused for a certificate that proves too little, Diverging if the run contradicts the certificate or meets NaN.
     """
-    step: Callable[[Tensor], Tensor] = iteration
+    overwrites = any(getattr(module, "inplace", False) for module in iteration.modules())
+    step: Callable[[Tensor], Tensor] = (lambda x: iteration(x.clone())) if overwrites else iteration
     scheme = iteration if isinstance(iteration, Iteration) else _PLAIN
     if acceleration not in (None, *get_args(Acceleration)):
         raise BadInput(f"no acceleration {acceleration!r}: there is {', '.join(get_args(Acceleration))}, or None")
@@ -311,6 +313,7 @@ def fixed_point(
         raise Refused(f"the certificate is for samples of shape {certificate.domain}, not {tuple(x.shape[1:])}")
     began = time.perf_counter()
     noise, error = 64 * torch.finfo(x.dtype).eps, Affine() if certificate is None else certificate.error
+    half = noise * 0.5 * math.prod(x.shape[1:]) ** 0.5  # what denoisers round, which work on x - ½, whatever ‖T(x)‖ is
     away = None if certificate is None or acceleration else scheme.distance(x)
     image, anchor = x, x
     accelerate: Anderson | None = None
@@ -336,12 +339,15 @@ def fixed_point(
     for k in range(1, iterations + 1):
         ahead = step(x)
         residual = ahead - x
-        moved, size = scheme.norm(residual), scheme.norm(ahead).clamp_min(torch.finfo(x.dtype).tiny)
+        moved, least = scheme.norm(residual), torch.finfo(x.dtype)
+        size = (
+            scheme.norm(ahead).clamp_min(least.tiny).maximum(least.eps * moved)
+        )  # so that a residual is a number at 0 too
         slack = noise * size
         if not bool(torch.isfinite(moved / size)[active & plain].all()):
             raise Diverging(f"step {k} gave numbers that are not finite{'' if certificate else f' ({NOT_CERTIFIED})'}")
         if alpha is not None and before is not None and not scheme.anchored:
-            inexact = slack + 2 * (error.slope * (size + moved + before) + error.constant)
+            inexact = slack.clamp_min(half) + 2 * (error.slope * (size + moved + before) + error.constant)
             grown = (
                 moved > before * (1 + 1e-4) + 2**0.5 * inexact
             )  # √2: between the Euclidean norm and that of the scheme
@@ -426,12 +432,18 @@ def _enough(iteration: nn.Module, scheme: Iteration, certificate: Certificate) -
 
 def prove(iteration: nn.Module, shape: tuple[int, ...]) -> Certificate:
     """The certificate of an iteration on pictures of ``shape``; Refused unless it proves what its scheme needs: averaged, or that it
-    descends, or, for an anchored one, non-expansive."""
+    descends, or, for an anchored one, non-expansive.
+
+    An averaged T converges to a fixed point if it has one. It has, if it is a contraction (Banach) or ends in a box (Brouwer); else that is
+    among the certificate's assumptions."""
     scheme = iteration if isinstance(iteration, Iteration) else _PLAIN
     certificate = certify(iteration, scheme.state_shape(tuple(shape)))
     if not _enough(iteration, scheme, certificate):
         raise Refused(f"the iteration is not proved to be averaged:\n{certificate}")
-    return certificate
+    bounded = scheme.distance(torch.zeros(1, *certificate.domain)) is not None
+    if isinstance(certificate, Descent) or certificate.lipschitz < 1 or bounded:
+        return certificate
+    return replace(certificate, assumptions=tuple(dict.fromkeys((*certificate.assumptions, "a fixed point exists"))))
 
 
 __all__ = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -53,6 +54,13 @@ class Likelihood(Protocol):
     def sample(self, u: Tensor, generator: torch.Generator) -> Tensor:
         """Data y for a given u = Ax, drawn on the CPU, so that a seed means the same everywhere."""
         ...
+
+
+def likelihood_of(noise: float | Tensor | Likelihood) -> Likelihood:
+    """The likelihood that is meant: itself, or Gaussian noise of a standard deviation given as one number."""
+    if isinstance(noise, Tensor) and noise.numel() != 1:
+        raise BadInput(f"noise is one number, its standard deviation, not {noise.numel()}")
+    return Gaussian(float(noise)) if isinstance(noise, (float, int, Real, Tensor)) else noise
 
 
 def _normal(u: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.rounding import up
-from nonexpansive.restore.likelihood import Gaussian, Likelihood
+from nonexpansive.restore.likelihood import Likelihood, likelihood_of
 
 Boundary = Literal["circular", "valid"]
 
@@ -332,7 +332,7 @@ def degrade(x: Tensor, data: Forward, noise: float | Likelihood, seed: int = 0) 
     """Data y of the picture x, (B, *image_shape) to (B, *data_shape), not clipped: Ax and noise of a likelihood, or Gaussian noise of
     standard deviation ``noise``, drawn on the CPU from ``seed``, so that it is the same on every device. Entries that the forward
     model does not measure get none. Raises ``BadInput`` for a level that is negative or not finite."""
-    likelihood = Gaussian(noise) if isinstance(noise, (int, float)) else noise
+    likelihood = likelihood_of(noise)
     u = data.A(x)
     y = likelihood.sample(u, torch.Generator().manual_seed(seed))
     measured = getattr(data, "measured", None)

@@ -23,7 +23,7 @@ from nonexpansive.restore.iterate import (
     fixed_point,
     prove,
 )
-from nonexpansive.restore.likelihood import Gaussian, Likelihood
+from nonexpansive.restore.likelihood import Gaussian, Likelihood, likelihood_of
 from nonexpansive.restore.methods import METHODS, Method, splitting
 from nonexpansive.restore.operators import Operator
 from nonexpansive.restore.physics import Blurring
@@ -171,9 +171,12 @@ def plan(
         raise BadInput(
             f"the picture has {channels} channel(s), the denoiser takes {denoiser.channels}: choose the other model"
         )
+    if not y.is_floating_point() or len(y) == 0:
+        raise BadInput(f"data are a batch of floats such that white is 1, not {y.dtype} of shape {tuple(y.shape)}")
+    y = y.to(next((p.dtype for p in denoiser.parameters()), y.dtype))
     inner = denoiser.denoiser if isinstance(denoiser, Tiled) else denoiser
     descends = isinstance(inner, ProximalDenoiser)
-    likelihood = noise if not isinstance(noise, (int, float)) else Gaussian(noise)
+    likelihood = likelihood_of(noise)
     gaussian = isinstance(likelihood, Gaussian)
     if not gaussian and getattr(data, "signed", False):
         raise BadInput(

@@ -54,8 +54,8 @@ def evaluate(
 
     Raises BadInput for labels that are not the classifier's classes, or images of another shape.
     """
-    if len(labels) != len(images) or len(labels) == 0:
-        raise BadInput(f"{len(images)} images with {len(labels)} labels: one label an image, and at least one")
+    if labels.shape != images.shape[:1] or len(labels) == 0:
+        raise BadInput(f"{len(images)} images with labels {tuple(labels.shape)}: one label an image, and at least one")
     if int(labels.min()) < 0 or int(labels.max()) >= made.classes:
         raise BadInput(
             f"labels up to {int(labels.max())} for a classifier of {made.classes} classes: another data set?"

@@ -133,7 +133,11 @@ class CertifiedClassifier:
     def logits(self, x: Tensor) -> Tensor:
         """The logits (N, classes) by what the radii hold for: the program, or where that is exact the float64 copy."""
         self._check(x)
-        return self._run(x)[1] if self.arithmetic == "exact" else self.model(x.to(next(self.model.parameters())))
+        return (
+            self._run(x)[1]
+            if self.arithmetic == "exact"
+            else self.model(x.to(next(self.model.parameters()), copy=True))
+        )
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.shape:
@@ -152,7 +156,7 @@ class CertifiedClassifier:
         like = next(self.model.parameters(), x)
         if self.arithmetic != "exact":
             x = x.to(like.dtype)  # the very image that the program is given
-        y = x.to(like.device, torch.float64)
+        y = x.to(like.device, torch.float64, copy=True)  # which a layer may overwrite
         return y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
 
     @property
