@@ -431,7 +431,9 @@ def _require_as_built(layer: Any, weight: tuple[int, ...]) -> None:
     inner, outer = layer.in_channels, layer.out_channels
     first, second = (inner, outer) if isinstance(layer, _TRANSPOSED) else (outer, inner)
     if not all(isinstance(value, tuple) and len(value) == len(weight) - 2 for value in stated):
-        raise Refused(f"this {name} holds settings that are not one number an axis, as torch stores them: build it anew")
+        raise Refused(
+            f"this {name} holds settings that are not one number an axis, as torch stores them: build it anew"
+        )
     if weight != (first, second // layer.groups, *layer.kernel_size):
         raise Refused(f"this {name} holds a weight of shape {weight}, which is not what it states: build it anew")
 

@@ -174,6 +174,11 @@ def sizes(y: Tensor) -> Tensor:
     return y.detach().double().flatten(1).norm(dim=1) * (SLACK + y[:1].numel() * 2.0**-52) + NOTHING
 
 
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """One number for each sample, (N,), in the shape in which it meets ``like`` (N, ...)."""
+    return values.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
 @dataclass(frozen=True)
 class Observed:
     """Samples on their way through a network, in float64, with what a program run on the same samples may be away from them.

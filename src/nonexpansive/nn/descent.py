@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nonexpansive.nn.majorant import Choice, Majorant, Trace, column
+from nonexpansive.math.enclosure import column
+from nonexpansive.nn.majorant import Choice, Majorant, Trace
 
 STEPS = 6
 """How many, unless told otherwise."""

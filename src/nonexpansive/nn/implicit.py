@@ -14,6 +14,7 @@ from torch.func import functional_call
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.activation import activation as find_activation
 from nonexpansive.math.activation import slopes
+from nonexpansive.math.enclosure import column
 from nonexpansive.math.rounding import above, down, times, up
 from nonexpansive.nn.control import SMALLEST, NormControl, sound_norm
 from nonexpansive.nn.linear import affine, homogeneous, probe_shape
@@ -161,7 +162,7 @@ class Resolvent(nn.Module):
                 if bool(solved.all()):
                     return z, kappa / m
                 worst = float(ratios.max())
-                start = torch.where(_column(solved, x), z, x)
+                start = torch.where(column(solved, x), z, x)
         raise Diverging(
             f"the resolvent's residual is {worst:.3g} times its tolerance {self.tolerance:g} after the iterations that"
             f" suffice in exact arithmetic: {x.dtype} cannot resolve it for a step of {h:.3g}. Raise the"
@@ -226,10 +227,10 @@ class Resolvent(nn.Module):
                 t, sigma, pullback = self._linearise(z, *level)
             (turned,) = torch.autograd.grad(sigma, t, _linear_part(self.linear, p), retain_graph=True)
             image = p + pullback(turned, h)
-            a = _column(rho / _dot(p, image), g)
+            a = _factor(rho / _dot(p, image), g)
             u, r = u + a * p, r - a * image
             old, rho = rho, _norms(r) ** 2
-            p = r + _column(rho / old, g) * p
+            p = r + _factor(rho / old, g) * p
         raise Diverging(
             f"conjugate gradients for the resolvent's derivative miss the tolerance {self.tolerance:g} in"
             f" {g.dtype}: raise the tolerance, lower the step, or use float64"
@@ -291,13 +292,13 @@ class _QuasiNewton:
             return y + self.step
         (y0, residual0), p = self.base, self.step
         d, before, after = residual - residual0, _dot(residual0, p), _dot(residual, p)
-        back = _column(after > -self.OVERSHOT * before, y)
+        back = column(after > -self.OVERSHOT * before, y)
         product, squared = after - before, _norms(d) ** 2
         usable = product > 0  # not where rounding is all there is
-        shorter = _column((-before / product).where(usable, 1.0), y) * p
-        inverse = _column((1 / product).where(usable, 0.0), y)
+        shorter = _factor((-before / product).where(usable, 1.0), y) * p
+        inverse = _factor((1 / product).where(usable, 0.0), y)
         self.pairs = [*self.pairs[1 - self.MEMORY :], (p, d, inverse)]
-        self.scale = _column((product / squared).where(usable, self.shortest), y)
+        self.scale = _factor((product / squared).where(usable, self.shortest), y)
         self.base = (torch.where(back, y0, y), torch.where(back, residual0, residual))
         self.step = torch.where(back, shorter, -self._direction(residual))
         return self.base[0] + self.step
@@ -313,11 +314,11 @@ class _QuasiNewton:
         """An approximation of the inverse Jacobian of F, times ``residual``."""
         q, weights = residual, list[Tensor]()
         for s, d, inverse in reversed(self.pairs):
-            weights.append(inverse * _column(_dot(s, q), s))
+            weights.append(inverse * _factor(_dot(s, q), s))
             q = q - weights[-1] * d
         q = self.scale * q
         for (s, d, inverse), weight in zip(self.pairs, reversed(weights), strict=True):
-            q = q + (weight - inverse * _column(_dot(d, q), d)) * s
+            q = q + (weight - inverse * _factor(_dot(d, q), d)) * s
         return q
 
 
@@ -359,9 +360,9 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).flatten(1).sum(1, dtype=torch.float64)
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) in the shape in which it meets (B, *shape), and in its type unless a mask."""
-    return (values if values.dtype == torch.bool else values.to(like.dtype)).reshape(-1, *(1 for _ in like.shape[1:]))
+def _factor(values: Tensor, like: Tensor) -> Tensor:
+    """Numbers (B,) in the shape and type in which they are multiplied with (B, *shape)."""
+    return column(values.to(like.dtype), like)
 
 
 def _of(level: tuple[Tensor | float, ...], rows: Tensor) -> tuple[Tensor | float, ...]:

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nonexpansive.errors import Refused
-from nonexpansive.math.enclosure import NOTHING, SLACK, sizes
+from nonexpansive.math.enclosure import NOTHING, SLACK, column, sizes
 from nonexpansive.math.rounding import UNIT, gamma, times
 from nonexpansive.nn.control import content, sound_norm
 from nonexpansive.nn.flow import GradientFlow, linear_maps
@@ -73,7 +73,7 @@ REMEMBERED = 128
 _OVERLAPS: OrderedDict[tuple[bytes, torch.device], Tensor] = OrderedDict()
 _CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
-FEW = 2.0**-47
+ROUNDINGS = 2.0**-47
 """More than the relative rounding of some thirty operations in float64."""
 
 
@@ -261,7 +261,7 @@ class Rigid(NamedTuple):
         linear, constant = v - column(2 * u.curvature, v) * w, u.constant + u.curvature * _square(w)
         if u.rounding is None:
             return u._replace(linear=linear, constant=constant)
-        off = (sizes(v) + 2 * u.curvature * sizes(w)) * FEW
+        off = (sizes(v) + 2 * u.curvature * sizes(w)) * ROUNDINGS
         return Majorant(linear, u.rounding + off, u.curvature, constant * SLACK)
 
 
@@ -283,13 +283,13 @@ class Views(NamedTuple):
 
     def pull(self, u: Majorant, chosen: list[list[Any]], reach: Tensor, near: Tensor) -> Majorant:
         share = 1 / len(self.parts)
-        rounding = None if u.rounding is None else (u.rounding + sizes(u.linear) * FEW) * share
+        rounding = None if u.rounding is None else (u.rounding + sizes(u.linear) * ROUNDINGS) * share
         part = Majorant(u.linear * share, rounding, u.curvature * share, u.constant * share)
         pulled = [_pull(parts, each, part, reach, near) for parts, each in zip(self.parts, chosen, strict=True)]
         linear, off, curvature, constant = zip(*pulled, strict=True)
         curvature, constant = (torch.stack(each).sum(0) * SLACK for each in (curvature, constant))
         if rounding is not None:
-            rounding = torch.stack([*off, *(sizes(v) * FEW * len(linear) for v in linear)]).sum(0) * SLACK  # type: ignore[list-item]
+            rounding = torch.stack([*off, *(sizes(v) * ROUNDINGS * len(linear) for v in linear)]).sum(0) * SLACK  # type: ignore[list-item]
         return Majorant(self.join(list(linear)), rounding, curvature, constant)
 
 
@@ -304,7 +304,9 @@ class _Known(NamedTuple):
         first, second = (_scaled(c, part.value) for c, part in ((a, self), (b, other)))
         if self.off is None or other.off is None:
             return _Known(first + second, None)
-        return _Known(first + second, abs(a) * self.off + abs(b) * other.off + FEW * (sizes(first) + sizes(second)))
+        return _Known(
+            first + second, abs(a) * self.off + abs(b) * other.off + ROUNDINGS * (sizes(first) + sizes(second))
+        )
 
 
 class _Bent(NamedTuple):
@@ -352,11 +354,11 @@ class _Bent(NamedTuple):
         lam, weights, share = self._weights(bent.detach(), reach, chosen)
         slope, penalty = _relaxed(bent, self.z, lam)
         kept = (self.leak + (1 - self.leak) * slope) * coefficient.value
-        back = self._back(_Known(kept, None if exact is None else 4 * FEW * sizes(coefficient.value)))
+        back = self._back(_Known(kept, None if exact is None else 4 * ROUNDINGS * sizes(coefficient.value)))
 
         # 3: Σ_k λ_k d_k²
         rho, weighed = share * (lam * self.square), weights * image.value
-        off = None if image.off is None else lam * image.off + FEW * sizes(weighed)
+        off = None if image.off is None else lam * image.off + ROUNDINGS * sizes(weighed)
         missed = w.plus(rho, -1.0, self._back(_Known(weighed, off)))
 
         linear = v.plus(1.0, 1.0, back).plus(1.0, -2.0, missed)
@@ -370,7 +372,7 @@ class _Bent(NamedTuple):
         assert coefficient.off is not None and linear.off is not None
         size, changing = sizes(coefficient.value), sizes(bent.clamp_min(0))
         constant = constant + h * u.curvature * _inner_off(omega, taken) + _inner_off(w, missed)
-        constant = constant + FEW * changing.square() / lam
+        constant = constant + ROUNDINGS * changing.square() / lam
         constant = constant + 2 * size * (self._norm * near + self.off)  # z for the exact one
         rounding = u.rounding + self._norm * coefficient.off + linear.off
         return Majorant(linear.value, rounding * SLACK, curvature * SLACK, constant * SLACK)
@@ -526,11 +528,6 @@ def _leak(activation: nn.Module) -> float | None:
 def _scaled(factor: float | Tensor, a: Tensor) -> Tensor:
     """One number, or one for each sample, times a."""
     return a * (column(factor, a) if isinstance(factor, Tensor) else factor)
-
-
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """One number for each sample (N,), to be multiplied with ``like`` (N, ...)."""
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 # ------------------------------------------------------------------------------------------------------------------- tracers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.certificate import Certificate, Shape, certify
-from nonexpansive.math.enclosure import Affine
+from nonexpansive.math.enclosure import Affine, column
 from nonexpansive.math.rounding import above, below
 
 NOT_CERTIFIED = "NOT CERTIFIED: convergence is not proved"
@@ -239,11 +239,6 @@ class AndersonDescent:
         assert there is not None
         lower = there <= value  # NaN never is
         return torch.where(column(lower, ahead), proposal, ahead), torch.where(lower, there, value)
-
-
-def column(mask: Tensor, like: Tensor) -> Tensor:
-    """(B,) in the shape in which it meets (B, *shape)."""
-    return mask.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
 def propose(point: Tensor, residual: Tensor, differences: list[tuple[Tensor, Tensor]]) -> Tensor:

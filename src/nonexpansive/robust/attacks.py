@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nonexpansive.errors import BadInput
+from nonexpansive.math.enclosure import column
 
 Predict = Callable[[Tensor], Tensor]
 Attack = Callable[[Predict, Tensor, Tensor, Tensor], Tensor]
@@ -39,7 +40,7 @@ def pgd(
     Their lengths fall linearly and add up to ``crossings`` times the ball's diameter 2ε. ``restart`` 0 starts at x, the others at random
     points of the ball; even ones ascend the cross-entropy, odd ones the margin of the strongest rival.
     """
-    ball, best = _column(epsilon, x), x.clone()
+    ball, best = column(epsilon, x), x.clone()
     delta = _of_norm(torch.randn_like(x)) * ball * torch.rand_like(ball) if restart else torch.zeros_like(x)
     for step in range(steps + 1):
         ahead = (x + delta).clamp(0, 1).requires_grad_()
@@ -53,7 +54,7 @@ def pgd(
             )
             (gradient,) = torch.autograd.grad(losses.sum(), ahead)
         ahead = ahead.detach()
-        best = torch.where(_column(z.argmax(1) != y, x), ahead, best)
+        best = torch.where(column(z.argmax(1) != y, x), ahead, best)
         length = 4 * crossings * ball * (1 - step / steps) / (steps + 1)
         delta = ahead - x + length * _of_norm(gradient)
         delta = delta * (ball / _norms(delta).clamp_min(1e-30)).clamp_max(1)
@@ -162,7 +163,7 @@ class Search:
         low, high, start = torch.zeros_like(distance), torch.ones_like(distance), self.found.image.double()
         for _ in range(steps):
             middle, before = (low + high) / 2, distance.clone()
-            self._try(every, self.x.double().lerp(start, _column(middle, start)))
+            self._try(every, self.x.double().lerp(start, column(middle, start)))
             low, high = torch.where(distance < before, low, middle), torch.where(distance < before, middle, high)
 
     def _predict(self, x: Tensor) -> Tensor:
@@ -242,19 +243,14 @@ def _single_run(
     kind: Any, predict: Predict, x: Tensor, y: Tensor, epsilon: Tensor, loss: str, y_target: Tensor | None = None
 ) -> Tensor:
     """One run of Auto-PGD by the authors' class: the last iterate of another class, if there is one."""
-    attack = kind(predict, n_iter=100, norm="L2", eps=_column(epsilon, x), rho=0.75, device=x.device, logger=_QUIET)
+    attack = kind(predict, n_iter=100, norm="L2", eps=column(epsilon, x), rho=0.75, device=x.device, logger=_QUIET)
     attack.init_hyperparam(x)
     attack.loss, attack.y_target = loss, y_target
     return attack.attack_single_run(x, y)[3]
 
 
-def _column(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, 1), for images x."""
-    return values.view(-1, *[1] * (x.ndim - 1))
-
-
 def _norms(x: Tensor) -> Tensor:
-    return _column(x.flatten(1).norm(dim=1), x)
+    return column(x.flatten(1).norm(dim=1), x)
 
 
 def _of_norm(x: Tensor) -> Tensor:
@@ -265,7 +261,7 @@ def _of_norm(x: Tensor) -> Tensor:
 def _pulled(x: Tensor, proposal: Tensor, epsilon: Tensor) -> Tensor:
     """The proposal brought into the ball on the straight line to x, if it is outside: still in [0, 1]."""
     delta = proposal.double() - x.double()
-    shrink = (_column(epsilon, x) * (1 - 1e-6) / _norms(delta).clamp_min(1e-30)).clamp_max(1)
+    shrink = (column(epsilon, x) * (1 - 1e-6) / _norms(delta).clamp_min(1e-30)).clamp_max(1)
     return (x + delta * shrink).to(x.dtype)
 
 

@@ -42,7 +42,7 @@ from nonexpansive.nn.classifier import Classifier, Symmetrised
 from nonexpansive.nn.descent import STEPS, converted, descend
 from nonexpansive.nn.flow import LIPSCHITZ, GradientFlow, observe
 from nonexpansive.nn.linear import is_torch
-from nonexpansive.nn.majorant import FEW, trace, untraced
+from nonexpansive.nn.majorant import ROUNDINGS, trace, untraced
 
 REACH = 1.5
 """Near an image margins are bounded for a radius so many times the one that the Lipschitz constant gives."""
@@ -198,7 +198,7 @@ class CertifiedClassifier:
         left = margin - lost * SLACK
         radius = torch.where(left > 0, left / speed / SLACK**2, 0.0).where(rivals, torch.inf)
         if local:
-            elsewhere = speed - apart * self.lipschitz * (1 - FEW)
+            elsewhere = speed - apart * self.lipschitz * (1 - ROUNDINGS)
             radius = self._refined(y, prediction, radius, left, elsewhere, torch.maximum(near, own), steps)
         return Radii(prediction, radius.amin(1).where(z.isfinite().all(1), 0.0))
 
@@ -222,7 +222,7 @@ class CertifiedClassifier:
             apart, margin, at = rows[i] - rows[j], left[these, j], reach[these, j]
             choices = self._chosen(y[these], apart, margin, at, steps)
             bound = trace(features, y[these]).majorant(apart, at, near[these], choices)
-            off = (sizes(rows)[i] + sizes(rows)[j]) * FEW  # of the difference of the rows
+            off = (sizes(rows)[i] + sizes(rows)[j]) * ROUNDINGS  # of the difference of the rows
             own = bound.radius(margin, speed[these, j] + off)
             radius[these, j] = torch.where(own > closest[these], own, closest[these])
             done[these, j] = True
