@@ -237,8 +237,9 @@ def test_inputs_are_checked() -> None:
             model.tolerance = tolerance
     with pytest.raises(BadInput, match="images"):
         model(torch.zeros(1, 3, 4, 4).double(), 0.1)
-    with pytest.raises(BadInput, match="at least 0"):
-        model(torch.zeros(1, 1, 4, 4).double(), -0.1)
+    for sigma in (-0.1, 25.0, float("nan")):
+        with pytest.raises(BadInput, match="where white is 1"):
+            model(torch.zeros(1, 1, 4, 4).double(), sigma)
     with torch.no_grad():
         still = torch.rand(1, 1, 8, 8).double()
         torch.testing.assert_close(model(still, 0.0), still, atol=5e-3, rtol=0)  # no noise: hardly anything to do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -181,7 +182,24 @@ def test_certify_prints_and_writes_the_tree(monkeypatch, tmp_path, model, capsys
 def test_models_lists_the_shipped_ones(monkeypatch, capsys):
     assert run(monkeypatch, "models") == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in nonexpansive.models())
+    for name in nonexpansive.models():
+        weights = sum(p.numel() for p in nonexpansive.load(name).parameters())
+        assert re.search(rf"{name}: .*, {weights:,} parameters", listed)
+
+
+def test_deblur_names_the_methods_that_it_has(monkeypatch, tmp_path, photo, capsys):
+    arguments = ("--kernel", "box:3", "--noise", "1%", "-o", tmp_path / "o.png", "--method", "douglas-rachford")
+    assert run(monkeypatch, "deblur", photo, *arguments) == 3
+    assert "half-quadratic and forward-backward" in capsys.readouterr().err
+
+
+def test_without_what_the_command_line_itself_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "nonexpansive.app.cli")
+    monkeypatch.delattr("nonexpansive.app.cli")
+    with pytest.raises(SystemExit) as stopped:
+        nonexpansive.app.main()
+    assert stopped.value.code == 3 and "pip install 'nonexpansive[app" in capsys.readouterr().err
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch, capsys) -> None:

@@ -225,6 +225,38 @@ def test_an_uncertified_run_says_so_everywhere(monkeypatch, tmp_path, models, ph
     assert "Comment" not in Image.open(out).text  # type: ignore[attr-defined]
 
 
+def test_a_measured_blur_has_borders_and_a_simulated_one_continues(monkeypatch, tmp_path, models, photos):
+    """Else a photograph's opposite borders would be blurred into each other, which no camera does."""
+    file = tmp_path / "r.json"
+    common = (*BLUR, "--model", models[3], "-o", tmp_path / "o.png", "--json", file, "--iterations", 3)
+    for more, shape in (
+        ((), [3, 26, 26]),
+        (("--degrade",), [3, 24, 24]),
+        (("--set", "boundary=circular"), [3, 24, 24]),
+    ):
+        assert run(monkeypatch, photos[3], *common, *more) == 0
+        assert json.loads(file.read_text())["physics"]["image"] == shape
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("deblur", ("-k", "k.png")),
+        ("restore", ("-p", "blur", "--set", "kernel=k.png")),
+        ("restore", ("-p", "inpaint", "--set", "mask=k.png")),
+    ],
+)
+def test_a_kernel_or_mask_is_never_overwritten(monkeypatch, tmp_path, models, photos, capsys, command, words):
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "k.png", torch.ones(1, 3, 3))
+    before = (tmp_path / "k.png").read_bytes()
+    common = (*words, "-s", "1%", "--degrade", "--model", models[3])
+    assert run(monkeypatch, photos[3], *common, "-o", "k.png", command=command) == 3
+    assert "never overwritten" in capsys.readouterr().err and (tmp_path / "k.png").read_bytes() == before
+    assert run(monkeypatch, photos[3], *common, "-o", "o.png", "--json", "o.png", command=command) == 3
+    assert "is the output itself" in capsys.readouterr().err
+
+
 def test_a_figure_claims_of_the_residual_what_is_proved_of_it():
     """An averaged iteration cannot let it grow; an anchored one, a descent, and one of which nothing is known can."""
     proved = [captions(SimpleNamespace(averaged=a, certificate=c), anchored)["note"] for a, c, anchored in  # type: ignore[arg-type]
@@ -265,7 +297,10 @@ def test_a_folder_is_restored_file_by_file(monkeypatch, tmp_path, models, capsys
         ({"--set": "kernel"}, 3, "KEY=VALUE"),
         ({"--physics": "downsample", "--set": "kernel=box:3", "--boundary": ""}, 2, "--boundary"),
         ({"--method": "magic"}, 3, "forward-backward"),
-        ({"--method": "douglas-rachford"}, 4, "--relax"),
+        ({"--method": "douglas-rachford", "--degrade": None}, 4, "--relax"),
+        ({"--method": "half-quadratic"}, 4, "no closed form"),
+        ({"--degrade": None, "--size": "24x24"}, 3, "leave it out"),
+        ({"source": "bright.npy"}, 3, "divide by the white level"),
         ({"--method": "primal-dual"}, 4, "α ≤ 1/2"),
         ({"--tau": "2.5", "--method": "forward-backward"}, 4, "nearest setting"),
         ({"--relaxation": "9"}, 4, "λ <"),

@@ -142,6 +142,11 @@ def test_under_attack_it_is_at_least_the_certified_accuracy(weights: Path, tmp_p
     assert all(r >= c for r, c in zip(robust, certified, strict=True)) and robust[1] < robust[0]
 
 
+def test_a_radius_may_be_a_fraction(weights: Path, tmp_path: Path) -> None:
+    text = run("attack", weights, "--data", tmp_path, "--limit", 2, "--epsilon", "1/255", "--epsilon", 0.005)
+    assert "ε = 0.0039 (1/255)" in text and "ε = 0.0050 (1.275/255)" in text
+
+
 @pytest.mark.parametrize("epsilon", [0.1, 1e-6])
 def test_what_is_certain_need_not_be_attacked(weights: Path, tmp_path: Path, epsilon: float) -> None:
     """The accuracy is the same, of fewer attacks; at the small ε nothing but what is wrong is left."""
@@ -208,6 +213,8 @@ def test_a_picture_is_brought_to_the_size_of_the_network() -> None:
         (("certify", "MODEL", "--data", ".", "--size", "8x8"), "--size is for denoisers"),
         (("attack", "MODEL", "--data", ".", "--attack", "fgsm"), "there are pgd, auto"),
         (("attack", "MODEL", "--data", ".", "--epsilon", "inf"), "finite"),
+        (("attack", "MODEL", "--data", ".", "--epsilon", "3/0"), "36/255"),
+        (("certify", "MODEL", "--data", "no-such-folder", "--source", "mnist"), "there is no folder"),
         (("attack", "denoiser-grey", "--data", "."), "not a classifier"),
         (("certify", "MODEL", "--data", ".", "--source", "nothing"), "no data set of that name"),
     ],

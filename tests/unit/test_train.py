@@ -234,6 +234,13 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         fit(make_run(steps=5), nn.Linear(2, 1), Regression(), tmp_path, accelerator="cpu", progress=False)
 
 
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="'abacus' on this machine: there is auto, cpu"):
+        fit(make_run(steps=5), nn.Linear(2, 1), Regression(), tmp_path, accelerator="abacus", progress=False)
+    with pytest.raises(BadInput, match="no weights to train"):
+        fit(make_run(steps=5), nn.ReLU(), Regression(), tmp_path, accelerator="cpu", progress=False)
+
+
 class Peaking(Regression):
     """Its headline is best in the middle."""
 

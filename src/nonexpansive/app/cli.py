@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ import typer
 
 from nonexpansive import checkpoint
 from nonexpansive.allocator import keep_memory
+from nonexpansive.app import MISSING, lacking
 from nonexpansive.app.experiments import experiment
 from nonexpansive.app.images import read_image, write_like
 from nonexpansive.app.output import check_writable, err, out, write_json
@@ -50,8 +52,11 @@ from nonexpansive.restore import blur, degrade, plan
 from nonexpansive.restore.physics import KERNEL_FORMS, image_shape, kernel, noise_level
 from nonexpansive.restore.tiles import Tiled
 
+DEBLURRING = ("half-quadratic", "forward-backward")
 EXIT = {BadInput: 3, Refused: 4, Interrupted: 130}
 FAILED = 5
+BUFFERS = ("control.vector", "estimate.vector", "mean")
+"""What models hold beside their parameters."""
 CODES = (
     "Exit codes: 0 done, 2 wrong usage, 3 an input or output that cannot be used, 4 no certificate so nothing was run, "
     "5 a run failed, 130 interrupted."
@@ -90,9 +95,7 @@ def deblur(
         ),
     ] = None,
     model: Model = None,
-    method: Annotated[
-        str | None, typer.Option(help="half-quadratic or forward-backward.", show_default="by boundary")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"{' or '.join(DEBLURRING)}.", show_default="by boundary")] = None,
     level: Annotated[str | None, typer.Option(help="The denoiser's noise level, in place of the rule's.")] = None,
     tau: Annotated[float | None, typer.Option(help="The data step τ, in place of the rule's.")] = None,
     acceleration: Accelerated = "auto",
@@ -110,7 +113,11 @@ def deblur(
     one, which is blurred and disturbed first, so that PSNR and SSIM can be measured.
     """
     began = time.perf_counter()
-    check_outputs(photo, output, figure, json_file)
+    check_outputs((photo, Path(blur_kernel)), output, figure, json_file)
+    if method not in (None, *DEBLURRING):
+        raise BadInput(
+            f"deblur has no method {method!r}: there are {' and '.join(DEBLURRING)}; `restore -p blur` has the others"
+        )
     accelerate = accelerated(acceleration)
     level_of_noise = noise_level(noise)
     sigma = None if level is None else noise_level(level)
@@ -188,7 +195,7 @@ def denoise(
 ) -> None:
     """Denoise a photograph with a certified denoiser."""
     began = time.perf_counter()
-    check_outputs(photo, output, figure, json_file)
+    check_outputs((photo,), output, figure, json_file)
     sigma = noise_level(noise)
     picture = read_image(photo)
     denoiser = the_denoiser(model, picture.tensor.shape[0], str(picture.path))
@@ -235,7 +242,7 @@ def models(json_file: Json = None) -> None:
     for name in checkpoint.models():
         header, tensors = checkpoint.read(checkpoint.path_of(name))
         tasks = [task for task, chosen in checkpoint.DEFAULTS.items() if chosen == name]
-        weights = sum(t.numel() for key, t in tensors.items() if not key.endswith("control.vector"))
+        weights = sum(t.numel() for key, t in tensors.items() if not key.endswith(BUFFERS))
         mark = f"  (default of {', '.join(tasks)})" if tasks else ""
         alpha, lipschitz = header.claimed["averaged"], header.claimed["lipschitz"]
         proved = f"α ≤ {ceil(alpha)}" if alpha is not None else f"L ≤ {ceil(lipschitz)}"
@@ -288,6 +295,9 @@ app.command(epilog=CODES)(experiment)
 def main() -> None:
     """Run the command line; errors that a user can mend are one message and an exit code, never a traceback."""
     keep_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where the terminal does not know ≤ or α
     try:
         app(standalone_mode=True)
     except NonexpansiveError as error:
@@ -298,11 +308,8 @@ def main() -> None:
         err.print(f"error: {error}", markup=False)
         sys.exit(EXIT[BadInput])
     except ModuleNotFoundError as error:
-        if (error.name or "nonexpansive").startswith("nonexpansive"):
-            raise
-        why = f"error: this needs the package {error.name}, which is not installed: pip install 'nonexpansive[app,train,attack]' has all"
-        err.print(why, markup=False)
-        sys.exit(EXIT[BadInput])
+        err.print(lacking(error), markup=False)
+        sys.exit(MISSING)
     except KeyboardInterrupt:
         err.print("interrupted; nothing was written")
         sys.exit(130)

@@ -55,6 +55,9 @@ SEEN = ("blur", "downsample", "inpaint")
 ROUNDED = 1e-2
 """So far outside [0, 1] values of a clean picture are taken for rounded, and brought back."""
 
+GLARING = 10.0
+"""No picture that was measured exceeds white so far."""
+
 LOUDEST = 1e6
 """No noise is louder, where data have a unit of their own."""
 
@@ -183,14 +186,18 @@ def restore(
     if method is not None and method not in METHODS:
         raise BadInput(f"no method {method!r}: there are {', '.join(METHODS)}")
     accelerate = accelerated(acceleration)
-    common = (physics, _settings(physics, set_ or []), _size(size), degraded, likelihood, model, chosen, accelerate)
+    given = _settings(physics, set_ or [])
+    if physics == "blur" and not degraded:
+        given = {"boundary": "valid", **given}  # no picture that was taken continues periodically
+    common = (physics, given, _size(size), degraded, likelihood, model, chosen, accelerate)
     rest = (tolerance, iterations, seed, memory)
     if source.is_dir():
         if figure is not None:
             raise BadInput("--figure shows one restoration: give one file, not a folder")
         if json_file is not None:
             check_writable(json_file, suffixes=(".json",))
-        jobs = [Job(path, target, *common, *rest) for path, target in _folder(source, output)]
+        read = _inputs(source, given)[1:]
+        jobs = [Job(path, target, *common, *rest) for path, target in _folder(source, output, read)]
         results, failed = _all(jobs)
         if json_file is not None:
             write_json(json_file, {"command": "restore", "files": results, "failed": failed})
@@ -201,7 +208,7 @@ def restore(
             raise BadInput(f"{done}; these failed:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items()))
         out.print(done, markup=False)
         return
-    check_outputs(source, output, figure, json_file, (*IMAGE_SUFFIXES, ".npy"))
+    check_outputs(_inputs(source, common[1]), output, figure, json_file, (*IMAGE_SUFFIXES, ".npy"))
     result = _one(Job(source, output, *common, *rest), figure=figure)
     finish({"command": "restore", **result}, output, figure, json_file, began)
 
@@ -212,6 +219,10 @@ def restore(
 def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, Any]:
     """Restore one input, write its picture and figure, and give the result as plain values."""
     known = settings(job.physics)
+    if job.degraded and job.size is not None:
+        raise BadInput(
+            "--size is of a picture that is not known; with --degrade it has the size of INPUT: leave it out"
+        )
     if not job.degraded and {"mask", "seed"} <= set(known) and not {"mask", "seed"} & set(job.settings):
         raise BadInput(
             f"which data of {job.physics} were measured? Give their mask, --set mask=FILE, "
@@ -222,6 +233,10 @@ def _one(job: Job, *, figure: Path | None = None, name: str = "") -> dict[str, A
         raise BadInput(
             f"{job.source} is to be a clean picture, of values in [0, 1]; these lie in [{float(given.min()):g}, {float(given.max()):g}]: "
             "subtract the black level and divide by the white level"
+        )
+    if job.physics in SEEN and float(given.abs().max()) > GLARING:
+        raise BadInput(
+            f"{job.source} holds values up to {float(given.abs().max()):g}, but white is 1: divide by the white level"
         )
     given = given.clamp(0, 1) if job.degraded else given
     clean = given[None] if job.degraded else None
@@ -325,8 +340,8 @@ def _unknown(job: Job, data_shape: tuple[int, ...]) -> tuple[int, int, int]:
 # ------------------------------------------------------------------------------------------------------------------------ folders
 
 
-def _folder(source: Path, output: Path) -> list[tuple[Path, Path]]:
-    """Each file of a folder that can be read, and where its picture goes. Refuses what could not be written."""
+def _folder(source: Path, output: Path, read: list[Path]) -> list[tuple[Path, Path]]:
+    """Each file of a folder that can be read, and where its picture goes. Refuses what could not be written, or is ``read`` too."""
     if output.exists() and not output.is_dir():
         raise BadInput(f"{source} is a folder, so the output must be one: {output} is a file")
     if not output.exists() and not output.parent.is_dir():
@@ -346,7 +361,7 @@ def _folder(source: Path, output: Path) -> list[tuple[Path, Path]]:
         )
     output.mkdir(exist_ok=True)
     for path, target in pairs:
-        check_writable(target, inputs=(path,))
+        check_writable(target, inputs=(path, *read))
     return pairs
 
 
@@ -418,6 +433,11 @@ def _write(path: Path, image: Tensor, picture: Photograph | None) -> None:
             np.save(temporary, image[0].cpu().numpy(), allow_pickle=False)
         return
     write_like(path, image[0], picture)
+
+
+def _inputs(source: Path, given: dict[str, Any]) -> list[Path]:
+    """The files that are read: none of them may be written."""
+    return [source, *(Path(given[key]) for key in ("kernel", "mask") if isinstance(given.get(key), str))]
 
 
 def _settings(name: str, given: list[str]) -> dict[str, Any]:

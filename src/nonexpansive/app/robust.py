@@ -23,6 +23,7 @@ import nonexpansive
 from nonexpansive import checkpoint, sealed
 from nonexpansive.app.images import read_image
 from nonexpansive.app.output import check_writable, err, out, write_json
+from nonexpansive.app.runs import MAX_SEED
 from nonexpansive.atomic import atomic
 from nonexpansive.errors import BadInput
 from nonexpansive.math.certificate import certify
@@ -181,8 +182,8 @@ def attack(
         str, typer.Option("--attack", help="pgd: 5 restarts of 100 steps. auto: APGD-CE, APGD-T, FAB-T and Square.")
     ] = "pgd",
     epsilon: Annotated[
-        list[float] | None,
-        typer.Option(min=0.0, help="ℓ2 radius in units of images in [0, 1]; repeatable.", show_default="36/255"),
+        list[str] | None,
+        typer.Option(help="ℓ2 radius where white is 1: 0.14, 36/255; repeatable.", show_default="36/255"),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="The first so many test images.")] = 100,
     undecided: Annotated[
@@ -194,7 +195,7 @@ def attack(
     ] = False,
     local: Local = False,
     steps: Steps = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random starts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the random starts.")] = 0,
     json_file: Json = None,
 ) -> None:
     """Attack a classifier: its accuracy under the attack, from above, beside the certified one, from below.
@@ -209,11 +210,10 @@ def attack(
         raise BadInput(f"--attack {which}: there are {', '.join(ATTACKS)}")
     if which != "pgd":
         require_package()
-    if not all(map(math.isfinite, epsilon or ())):
-        raise BadInput(f"--epsilon {max(epsilon or ())}: a finite number from 0 is expected")
+    given = [_radius(text) for text in epsilon or ()]
     classifier = _classifier(checkpoint.load(model), model).requires_grad_(False)
     images = _images(classifier, model, data, source, limit)
-    epsilons = sorted({0.0, *(epsilon or STANDARD[:1])})
+    epsilons = sorted({0.0, *(given or STANDARD[:1])})
     made = _made(classifier, False)
     evaluation = _evaluated(made, images, near)
 
@@ -236,7 +236,7 @@ def attack(
     those = f"{len(images)} images, {which}" + (f" on the {attempted} left undecided" if undecided else "")
     out.print(f"{those}; no attack succeeded within a certified radius", markup=False)
     for i, e in enumerate(epsilons):
-        text = f"ε = {e:.4f} ({e * 255:.0f}/255): certified {_percent(certified, i)} %, under attack {_percent(robust, i)} %"
+        text = f"ε = {e:.4f} ({e * 255:.4g}/255): certified {_percent(certified, i)} %, under attack {_percent(robust, i)} %"
         out.print(text, markup=False)
     if json_file is not None:
         value = {
@@ -352,6 +352,16 @@ def _shape(module: nn.Module, size: str | None) -> tuple[int, ...]:
     except ValueError:
         raise BadInput(f"--size {size}: give height x width in pixels, such as 512x512") from None
     return getattr(module, "channels", 3), height, width
+
+
+def _radius(text: str) -> float:
+    """A number, or a fraction, from 0."""
+    value, slash, whole = text.partition("/")
+    with suppress(ValueError, ZeroDivisionError):
+        radius = float(value) / (float(whole) if slash else 1.0)
+        if 0 <= radius < math.inf:
+            return radius
+    raise BadInput(f"--epsilon {text}: a finite number from 0 is expected, or a fraction, such as 36/255")
 
 
 def _classifier(module: nn.Module, name: str) -> Classifier:

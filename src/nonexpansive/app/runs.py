@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,18 +74,20 @@ def accelerated(name: str) -> Acceleration | Literal["auto"] | None:
 
 
 def check_outputs(
-    source: Path,
+    sources: Sequence[Path],
     output: Path,
     figure: Path | None,
     json_file: Path | None,
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
 ) -> None:
     """Refuse, before any work, what could not be written at its end."""
-    check_writable(output, inputs=(source,), suffixes=suffixes)
-    if figure is not None:
-        check_writable(figure, inputs=(source, output), suffixes=(".png", ".pdf", ".svg"))
-    if json_file is not None:
-        check_writable(json_file, inputs=(source, output), suffixes=(".json",))
+    check_writable(output, inputs=sources, suffixes=suffixes)
+    others = {"--figure": (figure, (".png", ".pdf", ".svg")), "--json": (json_file, (".json",))}
+    for option, (path, endings) in others.items():
+        if path is not None and os.path.realpath(path) == os.path.realpath(output):
+            raise BadInput(f"{option} {str(path)!r} is the output itself: give another name")
+        if path is not None:
+            check_writable(path, inputs=sources, suffixes=endings)
 
 
 _loaded = functools.lru_cache(2)(checkpoint.load)

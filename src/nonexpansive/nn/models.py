@@ -79,12 +79,14 @@ class ImageDenoiser(nn.Module):
         raise NotImplementedError
 
     def level(self, noisy: Tensor, sigma: float | Tensor) -> Tensor:
-        """σ relative to REFERENCE_LEVEL. Raises BadInput for images of other channels, or a negative number for σ (a tensor is
+        """σ relative to REFERENCE_LEVEL. Raises BadInput for images of other channels, or a number for σ outside [0, 1] (a tensor is
         not looked at, which would stall a device; its negative entries count as 0)."""
         if noisy.ndim != 4 or noisy.shape[1] != self.channels:
             raise BadInput(f"this denoiser takes images (B, {self.channels}, H, W), not {tuple(noisy.shape)}")
-        if not isinstance(sigma, Tensor) and not sigma >= 0:
-            raise BadInput(f"the noise level sigma is a standard deviation, at least 0, not {sigma}")
+        if not isinstance(sigma, Tensor) and not 0 <= sigma <= 1:
+            raise BadInput(
+                f"the noise level sigma is a standard deviation where white is 1, such as 25/255, not {sigma}"
+            )
         return torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device) / REFERENCE_LEVEL
 
 

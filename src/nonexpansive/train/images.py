@@ -203,6 +203,10 @@ def _torchvision(name: str, classes: Sequence[str] | None = None) -> Callable[[P
     def read(root: Path, split: Split) -> LabelledImages:
         from torchvision import datasets
 
+        if not root.is_dir():
+            raise BadInput(
+                f"there is no folder {str(root)!r}: name the one that holds {name}, or make it, to download that into it"
+            )
         try:
             data: Any = getattr(datasets, name)(root, train=split == "train", download=True)
         except Exception as error:  # no network, a damaged archive, a folder that cannot be written

@@ -363,6 +363,10 @@ def _signals() -> Iterator[list[int]]:
 
 def _launch(config: TrainConfig, accelerator: str, devices: int | None) -> Fabric:
     """Fabric on the processes that `torchrun` started, or else on `devices` (1 unless given) that it starts itself."""
+    there = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "gpu": torch.cuda.is_available()}
+    if not there.get(accelerator):
+        usable = ", ".join(name for name, usable in there.items() if usable)
+        raise BadInput(f"no accelerator {accelerator!r} on this machine: there is {usable}")
     nodes = 1
     if torch.distributed.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -386,6 +390,8 @@ def _leave() -> None:
 
 def _optimiser(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise BadInput(f"{type(model).__name__} has no weights to train: give it at least one block")
     shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimiser == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, **shared)
