@@ -208,7 +208,7 @@ def restore(
             raise BadInput(f"{done}; these failed:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items()))
         out.print(done, markup=False)
         return
-    check_outputs(_inputs(source, common[1]), output, figure, json_file, (*IMAGE_SUFFIXES, ".npy"))
+    check_outputs(_inputs(source, given), output, figure, json_file, (*IMAGE_SUFFIXES, ".npy"))
     result = _one(Job(source, output, *common, *rest), figure=figure)
     finish({"command": "restore", **result}, output, figure, json_file, began)
 

@@ -335,9 +335,8 @@ def fixed_point(
         ahead = step(x)
         residual = ahead - x
         moved, least = scheme.norm(residual), torch.finfo(x.dtype)
-        size = (
-            scheme.norm(ahead).clamp_min(least.tiny).maximum(least.eps * moved)
-        )  # so that a residual is a number at 0 too
+        # of T(x) = 0 too, the residual is to be a number
+        size = scheme.norm(ahead).clamp_min(least.tiny).maximum(least.eps * moved)
         slack = noise * size
         if not bool(torch.isfinite(moved / size)[active & plain].all()):
             raise Diverging(f"step {k} gave numbers that are not finite{'' if certificate else f' ({NOT_CERTIFIED})'}")

@@ -517,9 +517,8 @@ def _tomography(
         )
     if not isinstance(angles, int) or angles < 1:
         raise BadInput(f"angles is a number of angles, from 1, not {angles!r}")
-    if (
-        needed := 16 * angles * side**2
-    ) > MOST_BYTES:  # two float64 coordinates of each sample, and more than side² of them
+    needed = 16 * angles * side**2  # two float64 coordinates of each sample, of which each angle has side² and more
+    if needed > MOST_BYTES:
         raise BadInput(
             f"{angles} angles of a picture of side {side} need {needed / 2**30:,.0f} GiB and more, but no more than "
             f"{MOST_BYTES / 2**30:.0f} GiB are begun with: take fewer angles; {math.ceil(math.pi / 2 * side)} sample such a picture fully"

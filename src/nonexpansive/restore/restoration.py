@@ -194,9 +194,7 @@ def plan(
     else:
         raise BadInput(f"no method {method!r}: there are {', '.join(METHODS)}")
     if gaussian and chosen in ("half-quadratic", "douglas-rachford"):
-        data.prox(
-            data.start(y[:1]), y[:1], 1.0
-        )  # Refused, with the remedy, where there is none: uncertified mends that no more
+        data.prox(data.start(y[:1]), y[:1], 1.0)  # Refused, with the remedy, where there is none, uncertified or not
     if box is None:
         box = chosen in ("half-quadratic", "forward-backward") and not descends
     rule, smoothness = STRENGTH[chosen], None
