@@ -176,7 +176,25 @@ def test_certify_prints_and_writes_the_tree(monkeypatch, tmp_path, model, capsys
     values = json.loads((tmp_path / "c.json").read_text())
     assert values["arithmetic"] == "float32"
     assert values["error"]["slope"] > 0
+    assert (values["command"], values["model"]) == ("certify", str(model))
     assert run(monkeypatch, "certify", model, "--size", "big") == 3
+
+
+def test_it_tells_its_version(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert f"nonexpansive {nonexpansive.__version__}" in capsys.readouterr().out
+
+
+def test_an_interruption_is_told_and_leaves_nothing(monkeypatch, tmp_path, photo, model, capsys):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "iterate", stop)
+    output = tmp_path / "o.png"
+    arguments = ["--model", model, "--kernel", "box:3", "--noise", "1%", "--degrade", "-o", output]
+    assert run(monkeypatch, "deblur", photo, *arguments) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_models_lists_the_shipped_ones(monkeypatch, capsys):

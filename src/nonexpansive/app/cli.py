@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+import nonexpansive
 from nonexpansive import checkpoint
 from nonexpansive.allocator import keep_memory
 from nonexpansive.app import MISSING, lacking
@@ -67,8 +68,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help=f"Image restoration by neural networks that are provably stable.\n\n{CODES}",
+    help=f"Image restoration and classification by neural networks that are provably stable.\n\n{CODES}",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"nonexpansive {nonexpansive.__version__}, torch {torch.__version__}", markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 Photo = Annotated[Path, typer.Argument(help="A photograph: PNG, JPEG or TIFF, grey or colour, 8 or 16 bit.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the restored picture goes: .png, .jpg or .tiff.")]
 
@@ -310,9 +328,10 @@ def main() -> None:
     except ModuleNotFoundError as error:
         err.print(lacking(error), markup=False)
         sys.exit(MISSING)
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing was written")
-        sys.exit(130)
+    except SystemExit as end:  # typer's, which says nothing of an interruption
+        if end.code == EXIT[Interrupted]:
+            err.print("interrupted: what was not finished was not written")
+        raise
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def certify_model(
         certificate = certify(module, shape, arithmetic=torch.float32 if float32 else None)
         out.print(str(certificate), markup=False)
         if json_file is not None:
-            write_json(json_file, certificate.to_json())
+            write_json(json_file, {"command": "certify", "model": model, **certificate.to_json()})
         return
     if size is not None:
         raise BadInput("--size is for denoisers; images have the size that the classifier takes")
