@@ -387,6 +387,12 @@ _COMPOSED: list[tuple[str, Callable[[], nn.Module], Shape, bool]] = [
         (1, 4, 5),
         True,
     ),
+    (
+        "denoiser, up to a Lipschitz constant",
+        lambda: AtLevel(denoiser(activation="weakly_convex_ramps", lipschitz=3.0), 0.2),
+        (1, 4, 5),
+        True,
+    ),
     ("denoiser, unlevelled", lambda: AtLevel(denoiser(activation="relu", alpha=0.6, factor=1), 0.2), (1, 4, 4), True),
     ("denoiser, adaptive", lambda: AtLevel(denoiser(activation="tanh", control="adaptive", method="rk4"), 0.9), (1, 3, 3), True),
     ("Tiled", _tiled, (1, 19, 17), True),

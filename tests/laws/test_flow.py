@@ -25,10 +25,12 @@ from nonexpansive.nn import (
     Flows,
     GradientFlow,
     Lifted,
+    LipschitzStep,
     MaximalStep,
     Rescale,
     Resolvent,
     SignedRamps,
+    WeaklyConvexRamps,
     project,
 )
 from nonexpansive.nn.control import CONTROLS
@@ -704,6 +706,76 @@ def test_a_free_step_is_that_of_the_weights_with_which_training_begins() -> None
         empty.linear.weight.copy_(block.linear.weight)
     empty(torch.randn(1, 16, 4, 4))
     assert certify(empty.eval(), (16, 8, 8)).lipschitz < 1.3
+
+
+@pytest.mark.parametrize("lipschitz", [1.01, 1.5, 4.0])
+@pytest.mark.parametrize("kind", ["relu", "signed", "weakly convex", "falls more than it rises"])
+def test_a_step_that_may_stretch_does_so_by_no_more_than_is_wanted(kind: str, lipschitz: float) -> None:
+    """And where the slopes are all that they may be, by as much: no longer step would do."""
+
+    class Steep(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(x > 0, x, 3 * -x)  # 1 above 0 and -3 below
+
+        def slope_range(self) -> tuple[float, float]:
+            return -3.0, 1.0
+
+    torch.manual_seed(1)
+    ramps = {"signed": SignedRamps, "weakly convex": WeaklyConvexRamps}.get(kind)
+    sigma = ramps(6, 2) if ramps else "relu" if kind == "relu" else Steep()
+    if ramps:
+        with torch.no_grad():
+            sigma.mixture += torch.tensor([0.4, -0.4, 0.0])[: len(sigma.mixture), None]
+    flow = GradientFlow(nn.Conv1d(2, 6, 3, padding=1), sigma, control=LipschitzStep(lipschitz))
+    with torch.no_grad():
+        flow.linear.weight.mul_(3)
+    training, _ = flow._chosen()
+    flow = flow.double().eval()
+    assert float(torch.as_tensor(training).detach()) == pytest.approx(flow.step()[0], rel=0.1), (
+        "the step with which it was trained"
+    )
+    proved = certify(flow, (2, 9))
+    assert proved.averaged is None and not proved.proximal
+    assert lipschitz * (1 - 1e-5) < proved.lipschitz <= lipschitz
+    found = 0.0
+    for size in (0.1, 0.3, 1.0, 3.0):
+        for _ in range(10):
+            jacobian = torch.func.jacrev(lambda x: flow(x[None])[0])(size * torch.randn(2, 9).double())
+            found = max(found, torch.linalg.matrix_norm(jacobian.detach().reshape(18, 18), 2).item())
+    assert found <= proved.lipschitz
+    if kind in ("relu", "falls more than it rises"):
+        dense = GradientFlow(
+            nn.Linear(2, 2, bias=False), copy.deepcopy(flow.activation), control=LipschitzStep(lipschitz)
+        )
+        with torch.no_grad():
+            dense.linear.weight.copy_(torch.eye(2))
+        dense.double().eval()
+        x = torch.tensor([[-1.0, 1.0]]).double()
+        jacobian = torch.func.jacrev(lambda x: dense(x[None])[0])(x[0])
+        assert torch.linalg.matrix_norm(jacobian, 2).item() == pytest.approx(lipschitz, rel=1e-5)
+        assert torch.linalg.matrix_norm(torch.eye(2) - 1.001 * (torch.eye(2) - jacobian), 2).item() > lipschitz
+
+
+def test_only_eulers_step_may_stretch_and_by_a_number_above_1() -> None:
+    flow = GradientFlow(nn.Linear(3, 4), method="heun", control=LipschitzStep(2.0))
+    for mode in (True, False):
+        with pytest.raises(Refused, match="Euler"):
+            flow.train(mode)(torch.zeros(1, 3))
+    for wrong in (1.0, 0.5, math.inf, math.nan):
+        with pytest.raises(BadInput, match="above 1"):
+            LipschitzStep(wrong)
+
+
+def test_steps_of_an_optimiser_keep_the_constant() -> None:
+    torch.manual_seed(0)
+    model = Denoiser(1, 4, 3, activation="weakly_convex_ramps", lipschitz=3.0)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(6):
+        optimiser.zero_grad()
+        model(torch.rand(4, 1, 12, 12), 0.1).square().mean().neg().backward()
+        optimiser.step()
+    assert 2.9 < certify(model.eval(), (1, 12, 12)).lipschitz <= 3
+    assert certify(copy.deepcopy(model).double().eval(), (1, 12, 12)).lipschitz <= 3
 
 
 OPTIMISED = [

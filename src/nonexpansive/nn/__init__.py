@@ -1,6 +1,14 @@
 """Modules: gradient flows, what goes between them, and the networks made of them."""
 
-from nonexpansive.nn.control import AdaptiveSteps, CappedStep, MaximalStep, NormControl, Rescale, Unconstrained
+from nonexpansive.nn.control import (
+    AdaptiveSteps,
+    CappedStep,
+    LipschitzStep,
+    MaximalStep,
+    NormControl,
+    Rescale,
+    Unconstrained,
+)
 from nonexpansive.nn.flow import Flows, GradientFlow, project
 from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.pooled import PooledRamps, SignedRamps, WeaklyConvexRamps
@@ -17,6 +25,7 @@ __all__ = [
     "GroupSort",
     "Lifted",
     "LinearSpline",
+    "LipschitzStep",
     "MaxMin",
     "MaximalStep",
     "NormControl",

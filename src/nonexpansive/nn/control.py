@@ -1,4 +1,4 @@
-"""Keeping the spectral-norm constraint while training: four ways behind one interface, and none, to compare with.
+"""Keeping the spectral-norm constraint while training: five ways behind one interface, and none, to compare with.
 
 A step of size h of a method with contractivity radius r is α-averaged (α = 1: non-expansive) if
 h ≤ 2ν/(1/α - 1 + 1/r) with ν = 1/(L_σ‖A‖²). So a bound on ‖A‖ has to steer either the step or the weights:
@@ -9,6 +9,7 @@ h ≤ 2ν/(1/α - 1 + 1/r) with ν = 1/(L_σ‖A‖²). So a bound on ‖A‖ ha
   convex potential layer of Meunier et al. 2022);
 - :class:`CappedStep`: the same, with the weights kept at ‖A‖ ≤ 1;
 - :class:`Rescale`: one step of fixed size T, the weights scaled down after each optimiser step (see ``project``);
+- :class:`LipschitzStep`: one step that may stretch, by no more than a given L > 1: σ may decrease;
 - :class:`Unconstrained`: one step of fixed size and free weights, of which nothing is proved: what the constraint costs.
 
 In training the norm is *estimated*, from below, by one warm-started power iteration a step. In evaluation it is *bounded*, from
@@ -22,6 +23,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from nonexpansive.errors import BadInput, Refused
 from nonexpansive.math.activation import Slopes, monotone, slopes
 from nonexpansive.math.bounds import norm_bound
 from nonexpansive.math.certificate import split_averaged
-from nonexpansive.math.rounding import down, times
+from nonexpansive.math.rounding import down, times, up
 from nonexpansive.math.tableau import ButcherTableau
 
 Linear = Callable[[nn.Module, Tensor], tuple[Tensor, Callable[..., Tensor]]]
@@ -111,10 +113,14 @@ class NormControl(nn.Module):
 
     def largest(self, norm: float, lipschitz: float, tableau: ButcherTableau, steps: int = 1) -> float:
         """The largest h with which ``steps`` steps together are α-averaged, rounded down far enough to be stored in float32."""
+        return tableau.max_step(self.scale(norm, lipschitz), self._each(steps)) * (1 - 2.0**-21)
+
+    def scale(self, norm: float, lipschitz: float) -> float:
+        """ν = 1/(L_σ‖A‖²), of which steps are multiples, rounded down. Raises Refused where it is 0."""
         smoothness = max(times(times(lipschitz, norm), norm), SMALLEST)
         if not smoothness < 1e300:
             raise Refused(f"the norm of A is {norm:g}, so no step is short enough: the weights have diverged")
-        return tableau.max_step(down(1 / smoothness), self._each(steps)) * (1 - 2.0**-21)
+        return down(1 / smoothness)
 
     def _each(self, steps: int) -> float:
         """The α that each of ``steps`` steps may have."""
@@ -207,6 +213,39 @@ class Rescale(_FixedSpan):
 
     def rescaling(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> float:
         return min(1.0, math.sqrt(self.largest(norm, lipschitz, tableau) / self.span))
+
+
+class LipschitzStep(NormControl):
+    """One step of Euler's method, the longest with which the block is L-Lipschitz, for an L > 1: it may stretch, by no more than that.
+
+    V need not be convex, σ may decrease: with its slopes in [-l, s], I - h∇²V lies between 1 - hs‖A‖² and 1 + hl‖A‖², hence
+    h = min((L - 1)/l, (L + 1)/s)/‖A‖². Nothing is averaged then; what is certified is L alone.
+    """
+
+    def __init__(self, lipschitz: float) -> None:
+        super().__init__()
+        if not 1 < lipschitz < math.inf:
+            raise BadInput(f"lipschitz is the constant wanted of the block, a finite number above 1; got {lipschitz}")
+        self.lipschitz = float(lipschitz)
+
+    def slopes(self, activation: nn.Module) -> Slopes:
+        """With an upper end so large that the step which suits it suits the lower one, too."""
+        found, turn = slopes(activation), up((self.lipschitz + 1) / down(self.lipschitz - 1))
+        return replace(found, high=max(found.high, times(turn, max(0.0, -found.low))))
+
+    def training_step(self, squared: Tensor, lipschitz: float, tableau: ButcherTableau) -> tuple[Tensor | float, int]:
+        return self._reach(tableau) / (lipschitz * squared).clamp_min(SMALLEST), 1
+
+    def safe_step(self, norm: float, lipschitz: float, tableau: ButcherTableau) -> tuple[float, int]:
+        return self._reach(tableau) * self.scale(norm, lipschitz) * (1 - 2.0**-21), 1
+
+    def _reach(self, tableau: ButcherTableau) -> float:
+        if tableau.stages > 1:
+            raise Refused(f"a bound on how far a step may stretch is known for Euler's method, not for {tableau.name}")
+        return self.lipschitz + 1
+
+    def extra_repr(self) -> str:
+        return f"lipschitz={self.lipschitz:g}"
 
 
 class Unconstrained(NormControl):

@@ -64,10 +64,11 @@ class GradientFlow(nn.Module):
 
     - ``linear``: A and b, any ``torch.nn.Linear`` or ``ConvNd`` (every padding mode, stride, groups, dilation), possibly
       parametrized, or a module of your own that is linear and has a method ``norm_bound(shape) -> float``.
-    - ``activation``: σ, elementwise and non-decreasing, by name or as a module; anything else is refused (unless "unconstrained").
+    - ``activation``: σ, elementwise and non-decreasing, by name or as a module; anything else is refused (unless the control is
+      "unconstrained" or a :class:`LipschitzStep`).
     - ``method``: a Runge-Kutta method by name or a :class:`ButcherTableau`; those with radius 0 are refused.
     - ``control``: how the constraint is kept ("maximal", "capped", "adaptive", "rescale" or a :class:`NormControl`), with ``alpha``
-      the wanted averagedness (default 1: non-expansive); "unconstrained": not at all, for comparison.
+      the wanted averagedness (default 1: non-expansive); :class:`LipschitzStep`: to a constant L > 1; "unconstrained": not at all.
     - ``shape``: the shape of one input, needed only for a linear module of your own.
 
     In training mode the step follows an estimate of ‖A‖. In evaluation mode it follows a sound bound, computed when

@@ -17,6 +17,7 @@ from nonexpansive.math.certificate import Certificate, Shape, entries, fold, rul
 from nonexpansive.math.enclosure import Affine, Enclosure
 from nonexpansive.math.rounding import root, times, up
 from nonexpansive.nn.classifier import dense_classifier, flow_classifier, paper_classifier
+from nonexpansive.nn.control import LipschitzStep
 from nonexpansive.nn.flow import Flows, GradientFlow
 from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.linear import widest
@@ -34,13 +35,16 @@ REFERENCE_LEVEL = 25 / 255
 TRAINING = 1e-2
 """The tolerance to which training solves for a proximal denoiser: gradients of a few patches are noisier than that."""
 
-_LEVELLED: dict[str, Callable[[int, float], nn.Module]] = {
-    "clipped_ramps": lambda channels, size: ClippedRamps(channels, threshold=0.06 * size),
-    "pooled_ramps": lambda channels, size: PooledRamps(channels, -(-channels // 3), threshold=0.06 * size),
-    "signed_ramps": lambda channels, size: SignedRamps(channels, -(-channels // 3), threshold=0.06 * size),
-    "linear_spline": lambda channels, size: LinearSpline(channels, range=size),
+_LEVELLED: dict[str, Callable[[int, float, float], nn.Module]] = {
+    "clipped_ramps": lambda channels, size, _: ClippedRamps(channels, threshold=0.06 * size),
+    "pooled_ramps": lambda channels, size, _: PooledRamps(channels, -(-channels // 3), threshold=0.06 * size),
+    "signed_ramps": lambda channels, size, _: SignedRamps(channels, -(-channels // 3), threshold=0.06 * size),
+    "weakly_convex_ramps": lambda channels, size, modulus: WeaklyConvexRamps(
+        channels, -(-channels // 3), threshold=0.06 * size, modulus=modulus, rise=1.0
+    ),
+    "linear_spline": lambda channels, size, _: LinearSpline(channels, range=size),
 }
-"""Learned activations for so many channels, to begin with on inputs of that relative size."""
+"""Learned activations for so many channels, to begin with on inputs of that relative size, and how steeply they may fall where they can."""
 
 
 def cosine_frame(channels: int, factor: int, kernel: int) -> Tensor:
@@ -93,7 +97,9 @@ class ImageDenoiser(nn.Module):
 class Denoiser(ImageDenoiser):
     """An α-averaged denoiser D(y, σ): lift by an isometry, gradient flows, project by its adjoint (Sherry et al. 2024, §5).
 
-    For every fixed σ ≥ 0 the map y ↦ D(y, σ) is ``alpha``-averaged (under the control "unconstrained" it need not be).
+    For every fixed σ ≥ 0 the map y ↦ D(y, σ) is ``alpha``-averaged (0.9 unless given; under the control "unconstrained" it need not
+    be). With ``lipschitz``, a number above 1, in place of ``alpha`` it is that Lipschitz, and not averaged: each of the flows may
+    stretch by its share, and denoises more for it (:class:`~nonexpansive.nn.control.LipschitzStep`; with "weakly_convex_ramps").
 
     - ``channels``: 1 (grey) or 3 (colour); ``features``: channels of the flows' state, those above the image's own begin as zeros;
       ``hidden``: outputs of each A, as many as ``features`` unless given; ``blocks``: their number; ``kernel``: their kernel size.
@@ -105,7 +111,8 @@ class Denoiser(ImageDenoiser):
       It then sees patches s times as large. Scales other than 1 need ``hidden="frame"``.
     - ``activation``: "clipped_ramps", "pooled_ramps" or "linear_spline", learned, into whose thresholds σ enters; or any fixed activation
       by name, for which σ enters by scaling, D(y, σ) = μ⁻¹T(μy) with μ = 25/(255σ). "signed_ramps", which need not be monotone,
-      go with the control "unconstrained" alone: the ordinary twin of "pooled_ramps".
+      go with the control "unconstrained" alone: the ordinary twin of "pooled_ramps". "weakly_convex_ramps" decrease as far as
+      ``lipschitz`` lets them.
     - ``method``, ``control``: as for :class:`GradientFlow`; ``recompute``: as for :class:`Flows`.
     """
 
@@ -117,12 +124,13 @@ class Denoiser(ImageDenoiser):
         kernel: int = 3,
         factor: int = 2,
         activation: str = "clipped_ramps",
-        alpha: float = 0.9,
+        alpha: float | None = None,
         method: str = "euler",
         control: str = "maximal",
         recompute: int = 0,
         hidden: int | str | None = None,
         scales: Sequence[int] = (1,),
+        lipschitz: float | None = None,
     ) -> None:
         super().__init__()
         if channels not in (1, 3):
@@ -133,7 +141,15 @@ class Denoiser(ImageDenoiser):
             )
         if kernel % 2 == 0:
             raise BadInput(f"kernel must be odd, so that the flows keep the image's size; not {kernel}")
-        if not 0 < alpha < 1:
+        if lipschitz is not None and (alpha is not None or control != "maximal" or method != "euler"):
+            raise BadInput(
+                'lipschitz takes the place of alpha, and goes with the control "maximal" and Euler\'s method'
+            )
+        if lipschitz is not None and not 1 < lipschitz < math.inf:
+            raise BadInput(f"lipschitz must be a finite number above 1, not {lipschitz}; for 1 and below give alpha")
+        if alpha is None and lipschitz is None:
+            alpha = 0.9
+        if alpha is not None and not 0 < alpha < 1:
             raise BadInput(f"alpha must lie strictly between 0 and 1, not {alpha}")
         if not scales or any(not isinstance(scale, int) or scale < 1 for scale in scales):
             raise BadInput(f"scales are whole numbers from 1, at least one, not {scales}")
@@ -145,9 +161,11 @@ class Denoiser(ImageDenoiser):
         hidden = features if hidden is None else hidden
         if not framed and not (isinstance(hidden, int) and hidden >= 1):
             raise BadInput(f'hidden must be a number from 1, or "frame", not {hidden!r}')
-        self.channels, self.alpha, self.kernel, self.levelled = channels, alpha, kernel, activation in _LEVELLED
+        self.channels, self.alpha, self.lipschitz = channels, alpha, lipschitz
+        self.kernel, self.levelled = kernel, activation in _LEVELLED
         self.scales = [scales[index % len(scales)] for index in range(blocks)]
-        each = split_averaged(alpha, blocks)
+        each = None if alpha is None else split_averaged(alpha, blocks)
+        stretch = 1.0 if lipschitz is None else lipschitz ** (1 / blocks)
 
         def flow(scale: int) -> nn.Module:
             fine = factor * scale
@@ -164,8 +182,10 @@ class Denoiser(ImageDenoiser):
                 # All blocks together begin as about one soft-thresholding.
                 with torch.no_grad():
                     linear.weight.mul_(SCALE)
-                sigma = _LEVELLED[activation](outputs, SCALE * (inputs / outputs) ** 0.5 / blocks)
-            block = GradientFlow(linear, sigma, method=method, control=control, alpha=each)
+                size = SCALE * (inputs / outputs) ** 0.5 / blocks
+                sigma = _LEVELLED[activation](outputs, size, (stretch - 1) / (stretch + 1))
+            kept = control if lipschitz is None else LipschitzStep(stretch)
+            block = GradientFlow(linear, sigma, method=method, control=kept, alpha=each)
             return block if scale == 1 else Lifted(block, inputs, scale)
 
         self.lifted = Lifted(Flows((flow(scale) for scale in self.scales), recompute), features, factor)
