@@ -34,7 +34,7 @@ def test_it_is_what_it_promises_to_be_at_every_size(name):
             continue
         if model.lipschitz is not None:
             assert certificate.averaged is None and not certificate.proximal
-            assert certificate.lipschitz <= model.lipschitz <= 10
+            assert certificate.lipschitz <= model.lipschitz <= 3
             continue
         assert certificate.lipschitz <= 1
         assert certificate.averaged is not None
