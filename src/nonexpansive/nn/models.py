@@ -111,7 +111,7 @@ class Denoiser(ImageDenoiser):
       It then sees patches s times as large. Scales other than 1 need ``hidden="frame"``.
     - ``activation``: "clipped_ramps", "pooled_ramps" or "linear_spline", learned, into whose thresholds σ enters; or any fixed activation
       by name, for which σ enters by scaling, D(y, σ) = μ⁻¹T(μy) with μ = 25/(255σ). "signed_ramps", which need not be monotone,
-      go with the control "unconstrained" alone: the ordinary twin of "pooled_ramps". "weakly_convex_ramps" decrease as far as
+      are for the control "unconstrained": the ordinary twin of "pooled_ramps". "weakly_convex_ramps" decrease as far as
       ``lipschitz`` lets them.
     - ``method``, ``control``: as for :class:`GradientFlow`; ``recompute``: as for :class:`Flows`.
     """

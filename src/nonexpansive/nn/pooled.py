@@ -139,7 +139,7 @@ class SignedRamps(PooledRamps):
     """:class:`PooledRamps` with free c_ki of any sign, which begin as 1/K: Γ need not be convex, nor σ monotone.
 
     The Hessian of Γ lies between -diag(Σ_i W_ij Σ_k max(0, -c_ki)) and diag(w_j + Σ_i W_ij Σ_k max(0, c_ki)). What convexity costs is
-    seen by training with it and without; a gradient flow takes it under the control "unconstrained" alone.
+    seen by training with it and without; a gradient flow takes it under the control "unconstrained", or a LipschitzStep.
     """
 
     def weights(self) -> Tensor:
