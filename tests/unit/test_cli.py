@@ -126,6 +126,7 @@ def test_a_tiled_run_gives_the_picture_of_a_whole_one(monkeypatch, tmp_path, mod
     assert not json.loads((tmp_path / "whole.json").read_text())["tiled"]
     difference = read_image(tmp_path / "whole.png").tensor - read_image(tmp_path / "tiled.png").tensor
     assert difference.abs().max() <= 1.01 / 255
+    assert run(monkeypatch, *common, "-o", tmp_path / "none.png", "--memory", -5) == 2
 
 
 @pytest.mark.parametrize(

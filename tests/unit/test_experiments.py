@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,8 @@ def test_a_comparison_is_reported_and_taken_up_where_it_was_left(
         assert all(
             low <= high for low, high in zip(row["loose"]["accuracy"], row["certified"]["accuracy"], strict=True)
         )
+    said = ["nonexpansive", "experiment", "digits", "-o", str(tmp_path), "--set", "train.steps=12", "--limit", "12"]
+    assert shlex.split(result["command"]) == said
     report = (tmp_path / "report.md").read_text()
     assert "non-expansive, **certified** (12)" in report and "ordinary ResNet, counted as 1" in report
 
@@ -231,9 +234,11 @@ def test_a_comparison_is_reported_and_taken_up_where_it_was_left(
 
 
 def test_only_the_runs_that_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert run(monkeypatch, "experiment", "digits", "-o", tmp_path, "--only", "ours") == 3
-    assert run(monkeypatch, "experiment", "depth", "-o", tmp_path, "--only", "ours") == 3
-    assert run(monkeypatch, "experiment", "imagenet", "-o", tmp_path) == 3
+    assert run(monkeypatch, "experiment", "digits", "-o", tmp_path / "new", "--only", "ours") == 3
+    assert run(monkeypatch, "experiment", "depth", "-o", tmp_path / "new", "--only", "ours") == 3
+    assert run(monkeypatch, "experiment", "imagenet", "-o", tmp_path / "new") == 3
+    assert run(monkeypatch, "experiment", "bsds500", "-o", tmp_path / "new", "--data", tmp_path) == 3
+    assert not (tmp_path / "new").exists()  # what was refused has left nothing
     known = Comparison.from_toml(shipped("digits", "comparisons"))
     pytest.importorskip("sklearn", reason="needs scikit-learn, which ships the digits")
     only = ["ordinary ResNet"]

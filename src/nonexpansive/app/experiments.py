@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,9 +93,12 @@ def experiment(
     kind = "depth" if name == "depth" else _kind(_path(name))
     ask = {"name": name, "data": data, "out": output, "settings": settings or [], "only": only or []}
     text, result, figures = KINDS[kind](**ask, limit=limit, accelerator=accelerator)
-    options = [("--set", s) for s in settings or ()] + [("--only", f'"{o}"') for o in only or ()]
+    options = [("--data", str(data))] if data != Path(".") else []
+    options += [("--set", s) for s in settings or ()] + [("--only", o) for o in only or ()]
     options += [("--limit", str(limit))] if limit else []
-    command = " ".join(["nonexpansive experiment", name, *(word for option in options for word in option)])
+    command = shlex.join(
+        ["nonexpansive", "experiment", name, "-o", str(output), *(word for option in options for word in option)]
+    )
     about = {"experiment": name, "command": command, "torch": torch.__version__, "threads": torch.get_num_threads()}
     write_json(output / "result.json", about | result)
     pictures = "\n\n".join(f"![{Path(figure).stem}]({figure})" for figure in figures)
@@ -171,7 +175,6 @@ def _run_depth(
 ) -> Report:
     from nonexpansive.experiments import depth
 
-    out.mkdir(parents=True, exist_ok=True)
     depths = [n for n in depth.DEPTHS if n <= (limit or depth.DEPTHS[-1])]
     return _depth(depth.experiment(data, out, depths, settings, accelerator=accelerator), out)
 
@@ -183,7 +186,6 @@ def _run_comparison(
 
     own, overrides = _divided(settings)
     known = Comparison.from_toml(_path(name), own)
-    out.mkdir(parents=True, exist_ok=True)
     chosen: dict[str, Any] = {"overrides": overrides, "only": only, "limit": limit, "accelerator": accelerator}
     with _bar() as watch:
         return _comparison(known, compare(known, data, out, watch=watch, **chosen), out)
@@ -196,7 +198,6 @@ def _run_denoising(
 
     own, overrides = _divided(settings)
     known = Denoising.from_toml(_path(name), own)
-    out.mkdir(parents=True, exist_ok=True)
     chosen: dict[str, Any] = {"overrides": overrides, "only": only, "limit": limit, "accelerator": accelerator}
     with _bar() as watch:
         results = compare(known, data, out, watch=watch, **chosen)
@@ -210,7 +211,6 @@ def _run_plug_and_play(
     from nonexpansive.experiments.plug_and_play import PlugAndPlay, follow
 
     known = PlugAndPlay.from_toml(_path(name), settings)
-    out.mkdir(parents=True, exist_ok=True)
     with _bar() as watch:
         return _plug_and_play(known, follow(known, data, out, only=only, limit=limit, watch=watch), out)
 

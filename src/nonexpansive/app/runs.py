@@ -46,6 +46,7 @@ Figure = Annotated[
 Memory = Annotated[
     float,
     typer.Option(
+        min=0,
         metavar="MB",
         help="Bound on the denoiser's own arrays (larger pictures go in tiles), and on the acceleration's.",
     ),
