@@ -129,6 +129,27 @@ def test_a_tiled_run_gives_the_picture_of_a_whole_one(monkeypatch, tmp_path, mod
     assert run(monkeypatch, *common, "-o", tmp_path / "none.png", "--memory", -5) == 2
 
 
+def test_a_folder_is_denoised_file_by_file(monkeypatch, tmp_path, model, capsys):
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("a.png", "b.jpg"):
+        write_image(source / name, torch.rand(3, 20, 24))
+    (source / "c.png").write_bytes(b"not a picture")
+    (source / "notes.npy").write_bytes(b"left alone")
+    common = ("--noise", "10%", "--model", model, "--degrade", "--json", tmp_path / "r.json")
+    assert run(monkeypatch, "denoise", source, *common, "-o", target) == 3
+    said = capsys.readouterr()
+    assert "denoised 2 of 3" in said.err and "c.png" in said.err and "[1/3] a.png: α ≤" in said.out
+    assert sorted(path.name for path in target.iterdir()) == ["a.png", "b.jpg"]
+    values = json.loads((tmp_path / "r.json").read_text())
+    assert list(values["failed"]) == ["c.png"] and len(values["files"]) == 2
+    assert run(monkeypatch, "denoise", source / "a.png", *common, "-o", tmp_path / "a.png") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["quality"] == values["files"][0]["quality"]
+    assert (tmp_path / "a.png").read_bytes() == (target / "a.png").read_bytes()
+    assert run(monkeypatch, "denoise", source, *common, "-o", target, "--figure", tmp_path / "f.png") == 3
+    assert run(monkeypatch, "denoise", source, *common, "-o", source) == 3  # an input is never overwritten
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "says"),
     [

@@ -20,6 +20,7 @@ from nonexpansive import checkpoint
 from nonexpansive.allocator import keep_memory
 from nonexpansive.app import MISSING, lacking
 from nonexpansive.app.experiments import experiment
+from nonexpansive.app.folder import one_by_one
 from nonexpansive.app.images import read_image, write_like
 from nonexpansive.app.output import check_writable, err, out, write_json
 from nonexpansive.app.restore import restore
@@ -36,12 +37,12 @@ from nonexpansive.app.runs import (
     Uncertified,
     accelerated,
     captions,
-    ceil,
     check_outputs,
     compare,
     finish,
     iterate,
     mark,
+    promise,
     show_certificate,
     show_plan,
     the_denoiser,
@@ -197,11 +198,19 @@ def deblur(
 
 @app.command(epilog=CODES)
 def denoise(
-    photo: Photo,
+    photo: Annotated[
+        Path,
+        typer.Argument(help="A photograph: PNG, JPEG or TIFF, grey or colour, 8 or 16 bit; or a folder of such files."),
+    ],
     noise: Annotated[
         str, typer.Option("--noise", "-s", metavar="S", help="Standard deviation of the noise: 10%, 0.1 or 25/255.")
     ],
-    output: Output,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Where the denoised picture goes: .png, .jpg or .tiff; for a folder, a folder."
+        ),
+    ],
     degraded: Annotated[
         bool, typer.Option("--degrade/--restore", help="Add the noise to a clean PHOTO first; or denoise a noisy one.")
     ] = False,
@@ -211,38 +220,69 @@ def denoise(
     figure: Figure = None,
     json_file: Json = None,
 ) -> None:
-    """Denoise a photograph with a certified denoiser."""
+    """Denoise a photograph, or each of a folder, with a certified denoiser."""
     began = time.perf_counter()
-    check_outputs((photo,), output, figure, json_file)
     sigma = noise_level(noise)
+
+    def work(path: Path, target: Path, name: str = "") -> dict[str, Any]:
+        return _denoised(path, target, sigma, seed if degraded else None, model, memory, figure, name)
+
+    if photo.is_dir():
+        one_by_one("denoise", "denoised", photo, output, work, figure=figure, json_file=json_file)
+        return
+    check_outputs((photo,), output, figure, json_file)
+    finish({"command": "denoise", **work(photo, output)}, output, figure, json_file, began)
+
+
+def _denoised(
+    photo: Path,
+    output: Path,
+    sigma: float,
+    seed: int | None,
+    model: str | None,
+    memory: float,
+    figure: Path | None,
+    name: str,
+) -> dict[str, Any]:
+    """Denoise one photograph, with a ``seed`` a clean one to which the noise is added first, and give the result as plain values."""
     picture = read_image(photo)
     denoiser = the_denoiser(model, picture.tensor.shape[0], str(picture.path))
     tiled = Tiled(denoiser, memory * 1e6)
     shape = tuple(picture.tensor.shape)
     certificate = certify(tiled, shape)
-    show_certificate(certificate, denoiser)
+    if name:
+        out.print(f"{name}: {promise(certificate.averaged, certificate.lipschitz)}", markup=False)
+    else:
+        show_certificate(certificate, denoiser)
     clean = picture.tensor[None]
-    y = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)) if degraded else clean
+    y = (
+        clean
+        if seed is None
+        else clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    )
     with torch.no_grad(), err.status("denoising"):
         restored = tiled(y, sigma).clamp_(0, 1)
     write_like(output, restored[0], picture)
     result: dict[str, Any] = {
-        "command": "denoise",
         "photo": str(photo),
         "output": str(output),
         "noise": sigma,
         "tiled": not tiled.whole(shape),
         "certificate": certificate.to_json(),
     }
-    if degraded:
+    if seed is not None:
         result["quality"] = compare({"noisy": (y, clean), "restored": (restored, clean)})
     if figure is not None:
         from nonexpansive.app.figures import restoration
 
         restoration(
-            figure, clean=clean if degraded else None, degraded=y, restored=restored, quality=result.get("quality")
+            figure,
+            clean=None if seed is None else clean,
+            degraded=y,
+            restored=restored,
+            quality=result.get("quality"),
         )
-    finish(result, output, figure, json_file, began)
+    return result
 
 
 app.command("certify", epilog=CODES)(certify_model)
@@ -262,8 +302,7 @@ def models(json_file: Json = None) -> None:
         tasks = [task for task, chosen in checkpoint.DEFAULTS.items() if chosen == name]
         weights = sum(t.numel() for key, t in tensors.items() if not key.endswith(BUFFERS))
         mark = f"  (default of {', '.join(tasks)})" if tasks else ""
-        alpha, lipschitz = header.claimed["averaged"], header.claimed["lipschitz"]
-        proved = f"α ≤ {ceil(alpha)}" if alpha is not None else f"L ≤ {ceil(lipschitz)}"
+        proved = promise(header.claimed["averaged"], header.claimed["lipschitz"])
         out.print(f"{name}: {header.architecture}, {weights:,} parameters, {proved}{mark}", markup=False)
         listed.append({"name": name, "parameters": weights, "default_of": tasks, **vars(header)})
     if json_file is not None:

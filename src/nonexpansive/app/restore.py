@@ -13,8 +13,9 @@ import torch
 import typer
 from torch import Tensor
 
+from nonexpansive.app.folder import one_by_one
 from nonexpansive.app.images import Photograph, read_image, write_like
-from nonexpansive.app.output import IMAGE_SUFFIXES, check_writable, out, write_json
+from nonexpansive.app.output import IMAGE_SUFFIXES, out
 from nonexpansive.app.runs import (
     MAX_SEED,
     Accelerated,
@@ -38,7 +39,7 @@ from nonexpansive.app.runs import (
     whole,
 )
 from nonexpansive.atomic import atomic
-from nonexpansive.errors import BadInput, NonexpansiveError
+from nonexpansive.errors import BadInput
 from nonexpansive.restore.iterate import Acceleration
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, Poisson
 from nonexpansive.restore.methods import METHODS
@@ -192,21 +193,13 @@ def restore(
     common = (physics, given, _size(size), degraded, likelihood, model, chosen, accelerate)
     rest = (tolerance, iterations, seed, memory)
     if source.is_dir():
-        if figure is not None:
-            raise BadInput("--figure shows one restoration: give one file, not a folder")
-        if json_file is not None:
-            check_writable(json_file, suffixes=(".json",))
+
+        def work(path: Path, target: Path, name: str) -> dict[str, Any]:
+            return _one(Job(path, target, *common, *rest), name=name)
+
+        outputs = {"figure": figure, "json_file": json_file}
         read = _inputs(source, given)[1:]
-        jobs = [Job(path, target, *common, *rest) for path, target in _folder(source, output, read)]
-        results, failed = _all(jobs)
-        if json_file is not None:
-            write_json(json_file, {"command": "restore", "files": results, "failed": failed})
-        done = (
-            f"restored {len(results)} of {len(jobs)} files into {output} ({time.perf_counter() - began:.1f} s in all)"
-        )
-        if failed:
-            raise BadInput(f"{done}; these failed:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items()))
-        out.print(done, markup=False)
+        one_by_one("restore", "restored", source, output, work, arrays=ARRAYS, read=read, **outputs)
         return
     check_outputs(_inputs(source, given), output, figure, json_file, (*IMAGE_SUFFIXES, ".npy"))
     result = _one(Job(source, output, *common, *rest), figure=figure)
@@ -335,51 +328,6 @@ def _unknown(job: Job, data_shape: tuple[int, ...]) -> tuple[int, int, int]:
     if job.physics == "tomography" and job.settings.get("circle"):
         return channels, rows, rows
     raise BadInput(f"the data of {job.physics} do not tell the picture's size: give --size HxW")
-
-
-# ------------------------------------------------------------------------------------------------------------------------ folders
-
-
-def _folder(source: Path, output: Path, read: list[Path]) -> list[tuple[Path, Path]]:
-    """Each file of a folder that can be read, and where its picture goes. Refuses what could not be written, or is ``read`` too."""
-    if output.exists() and not output.is_dir():
-        raise BadInput(f"{source} is a folder, so the output must be one: {output} is a file")
-    if not output.exists() and not output.parent.is_dir():
-        raise BadInput(f"output {str(output)!r}: there is no directory {str(output.parent)!r}; make it first")
-    files = sorted(path for path in source.iterdir() if path.suffix.lower() in (*IMAGE_SUFFIXES, *ARRAYS))
-    if not files:
-        raise BadInput(
-            f"folder {str(source)!r} holds no pictures ({', '.join(IMAGE_SUFFIXES)}) and no {', '.join(ARRAYS)}"
-        )
-    pairs = [
-        (path, output / (path.name if path.suffix.lower() in IMAGE_SUFFIXES else f"{path.stem}.png")) for path in files
-    ]
-    names = [target.name for _, target in pairs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadInput(
-            f"several inputs would be written to {', '.join(twice)}: rename them, or restore them one by one"
-        )
-    output.mkdir(exist_ok=True)
-    for path, target in pairs:
-        check_writable(target, inputs=(path, *read))
-    return pairs
-
-
-def _all(jobs: list[Job]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Restore file after file; one that fails does not stop the others. If all fail, so does this, as the first did."""
-    results: list[dict[str, Any]] = []
-    failed: dict[str, str] = {}
-    first: Exception | None = None
-    for number, job in enumerate(jobs, 1):
-        try:
-            results.append(_one(job, name=f"[{number}/{len(jobs)}] {job.source.name}"))
-        except Exception as error:  # whatever is wrong with one file
-            why = str(error) if isinstance(error, NonexpansiveError) else f"{type(error).__name__}: {error}"
-            first, failed[job.source.name] = first or error, why
-            out.print(f"{job.source.name}: {why}", markup=False)
-    if first is not None and not results:
-        raise first
-    return results, failed
 
 
 # ---------------------------------------------------------------------------------------------------------------------- in and out

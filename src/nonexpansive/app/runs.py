@@ -192,6 +192,11 @@ def ceil(alpha: float | None) -> str:
     return "unknown" if alpha is None else f"{-(-alpha * 1e4 // 1) / 1e4:.4f}"
 
 
+def promise(averaged: float | None, lipschitz: float | None) -> str:
+    """The strongest that is proved of a map, in short."""
+    return f"α ≤ {ceil(averaged)}" if averaged is not None else f"L ≤ {ceil(lipschitz)}"
+
+
 def compare(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
     """PSNR (dB, peak 1) and SSIM of each picture against its truth, printed and returned."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
