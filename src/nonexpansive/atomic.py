@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nonexpansive.errors import BadInput
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 _DISK = {
     errno.ENOSPC: "the disk is full",
@@ -48,6 +53,30 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a folder while the block runs, against other processes that would hold it. However this process ends, that ends with it;
+    nothing is written. Where the system or the disk knows no such locks, it does nothing.
+
+    Raises ``BadInput`` where the folder is held already.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BadInput(
+                    f"another process is at work in {str(folder)!r}: wait for its end, or choose another folder"
+                ) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

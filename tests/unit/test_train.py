@@ -151,6 +151,8 @@ def test_resume_after_kill_9_is_exact(uninterrupted: Path, tmp_path: Path) -> No
     while not any(path.stem >= "checkpoint-000000110" for path in checkpoints(tmp_path)):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
+    with pytest.raises(BadInput, match="another process is at work"):
+        train(tmp_path)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (tmp_path / "last.safetensors").exists()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from nonexpansive import sealed
 from nonexpansive.allocator import keep_memory
-from nonexpansive.atomic import atomic
+from nonexpansive.atomic import atomic, held
 from nonexpansive.errors import BadCheckpoint, BadInput, Interrupted, NonexpansiveError, Refused
 from nonexpansive.nn.flow import project
 from nonexpansive.train.config import Run, TrainConfig, differences
@@ -78,7 +78,8 @@ def fit(
     The model is changed in place and ends with the last, not averaged, weights.
 
     Raises:
-        BadInput: the batch is not divisible by the number of processes, or `resume` is false and `out` is in use.
+        BadInput: the batch is not divisible by the number of processes, another training is writing to `out`, or `resume` is false
+            and `out` holds a run.
         BadCheckpoint: the checkpoints are of another run (the message says what differs), or none is readable.
         TrainingFailed: the loss is not finite; the message names the step and the last good checkpoint.
         Interrupted: SIGTERM or SIGINT came; a checkpoint is saved.
@@ -103,9 +104,19 @@ def fit(
     compiled = cast(nn.Module, torch.compile(model)) if config.compile else model
     wrapped, optimiser = fabric.setup(compiled, _optimiser(config, model))
     state = _State(run, model, fabric.to_device(averaged), optimiser, export or _export)
-    with fabric.rank_zero_first():  # a damaged checkpoint is set aside before the other processes look
-        state.restore(out, resume, fabric.is_global_zero)
-    start = state.step
+    out.mkdir(parents=True, exist_ok=True)
+    with held(out) if fabric.is_global_zero else nullcontext():
+        with fabric.rank_zero_first():  # a damaged checkpoint is set aside before the other processes look
+            state.restore(out, resume, fabric.is_global_zero)
+        _train(fabric, state, wrapped, task, rows, out, progress)
+    return out / "best.safetensors"
+
+
+def _train(
+    fabric: Fabric, state: _State, wrapped: nn.Module, task: Task, rows: range, out: Path, progress: bool
+) -> None:
+    """The steps that are left, of each of which this process takes the samples ``rows``."""
+    config, model, optimiser, start = state.run.train, state.model, state.optimiser, state.step
 
     log = _Log(out, task.metrics, start, config.steps, progress) if fabric.is_global_zero else None
     pending: list[Tensor] = []
@@ -166,7 +177,6 @@ def fit(
         state.refresh()
         state.export(state.averaged, out / "last.safetensors", state.about({}))
     fabric.barrier()
-    return out / "best.safetensors"
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -241,7 +251,6 @@ class _State:
 
     def restore(self, out: Path, resume: bool, writes: bool) -> None:
         """Take up the newest readable checkpoint in `out`, if there is one; damaged ones are renamed `.damaged`."""
-        out.mkdir(parents=True, exist_ok=True)
         found = _checkpoints(out)
         if found and not resume:
             raise BadInput(f"{out} holds the checkpoints of a run: resume it, or choose another folder")
