@@ -148,6 +148,9 @@ def test_a_folder_is_denoised_file_by_file(monkeypatch, tmp_path, model, capsys)
     assert (tmp_path / "a.png").read_bytes() == (target / "a.png").read_bytes()
     assert run(monkeypatch, "denoise", source, *common, "-o", target, "--figure", tmp_path / "f.png") == 3
     assert run(monkeypatch, "denoise", source, *common, "-o", source) == 3  # an input is never overwritten
+    capsys.readouterr()
+    assert run(monkeypatch, "denoise", tmp_path / "inn", *common, "-o", target) == 3
+    assert "no file or folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

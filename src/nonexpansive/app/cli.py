@@ -227,6 +227,8 @@ def denoise(
     def work(path: Path, target: Path, name: str = "") -> dict[str, Any]:
         return _denoised(path, target, sigma, seed if degraded else None, model, memory, figure, name)
 
+    if not photo.exists():
+        raise BadInput(f"there is no file or folder {str(photo)!r}")
     if photo.is_dir():
         one_by_one("denoise", "denoised", photo, output, work, figure=figure, json_file=json_file)
         return

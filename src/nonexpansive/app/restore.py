@@ -192,6 +192,8 @@ def restore(
         given = {"boundary": "valid", **given}  # no picture that was taken continues periodically
     common = (physics, given, _size(size), degraded, likelihood, model, chosen, accelerate)
     rest = (tolerance, iterations, seed, memory)
+    if not source.exists():
+        raise BadInput(f"there is no file or folder {str(source)!r}")
     if source.is_dir():
 
         def work(path: Path, target: Path, name: str) -> dict[str, Any]:
