@@ -206,7 +206,7 @@ class Resolvent(nn.Module):
     def _solve_linear(self, g: Tensor, z: Tensor, h: float, condition: float, *level: Tensor | float) -> Tensor:
         """u with (I + hAᵀDA)u = g, D the symmetric derivative of σ, by conjugate gradients on each sample, to ‖residual‖ ≤
         tolerance·‖g‖."""
-        t, sigma, pullback = self._linearise(z, *level)
+        derivative, pullback = self._linearise(z, *level)
         squared = _norms(g) ** 2
         target, rho = self.tolerance**2 * squared, squared
         u, r, p = torch.zeros_like(g), g, g
@@ -224,9 +224,8 @@ class Resolvent(nn.Module):
                 if not len(rows):
                     return solutions
                 level = _of(level, active)
-                t, sigma, pullback = self._linearise(z, *level)
-            (turned,) = torch.autograd.grad(sigma, t, _linear_part(self.linear, p), retain_graph=True)
-            image = p + pullback(turned, h)
+                derivative, pullback = self._linearise(z, *level)
+            image = p + pullback(derivative(_linear_part(self.linear, p)), h)
             a = _factor(rho / _dot(p, image), g)
             u, r = u + a * p, r - a * image
             old, rho = rho, _norms(r) ** 2
@@ -236,12 +235,15 @@ class Resolvent(nn.Module):
             f" {g.dtype}: raise the tolerance, lower the step, or use float64"
         )
 
-    def _linearise(self, z: Tensor, *level: Tensor | float) -> tuple[Tensor, Tensor, Callable[..., Tensor]]:
-        """t = Az + b, σ(t) to be differentiated for it, and the pullback of A."""
+    def _linearise(self, z: Tensor, *level: Tensor | float) -> tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]:
+        """v ↦ σ'(Az + b)v, of the activation's own ``derivative`` where it has one, and the pullback of A."""
         t, pullback = affine(self.linear, z)
+        if hasattr(self.activation, "derivative"):
+            return self.activation.derivative(t, *level), pullback  # type: ignore[operator]
         with torch.enable_grad():
             t = t.detach().requires_grad_()
-            return t, self.activation(t.clone(), *level), pullback
+            sigma = self.activation(t.clone(), *level)
+        return lambda v: torch.autograd.grad(sigma, t, v, retain_graph=True)[0], pullback
 
     def extra_repr(self) -> str:
         relative = ", relative=True" if self.estimate is not None else ""

@@ -7,6 +7,7 @@ edge, are, it shrinks too much: the amplitude √(Σ z²) of a group tells struc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -73,14 +74,35 @@ class PooledRamps(nn.Module):
         Raises ValueError if z has not C channels along axis 1 or the levels are neither 1 nor B.
         """
         square = self._square(z)
-        w, pool, c = (table[..., None, None] for table in self.tables())
-        tau = self._thresholds(square, level)
+        w, pool, c = self._tables(square)
+        tau = self._thresholds(square, level).to(z.dtype)
         inverse = (F.conv2d(square, pool) + FLOOR).rsqrt()
-        s = sum(
-            (c_k.to(z.dtype) * (inverse * tau_k.to(z.dtype)).clamp(max=1.0) for c_k, tau_k in zip(c, tau, strict=True))
-        )
-        factor = F.conv2d(s, pool.transpose(0, 1)) + w.to(z.dtype)  # type: ignore[arg-type]
+        s = sum(c_k * (inverse * tau_k).clamp(max=1.0) for c_k, tau_k in zip(c, tau, strict=True))
+        factor = F.conv2d(s, pool.transpose(0, 1), w)  # type: ignore[arg-type]
         return z * factor.reshape(z.shape)
+
+    def derivative(self, z: Tensor, level: float | Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """v ↦ σ'(z)v, for v of z's shape: with φ_i = Σ_j W_ij z_j v_j,
+
+        (σ'(z)v)_j = v_j(w_j + Σ_i W_ij s_i) + z_j Σ_i W_ij e_i φ_i,  e_i = ∂s_i/∂r_i / r_i = -Σ_k {c_ki τ_ki/r_i³: τ_ki < r_i}.
+        """
+        square = self._square(z)
+        w, pool, c = self._tables(square)
+        inverse = (F.conv2d(square, pool) + FLOOR).rsqrt()
+        s, e = torch.zeros_like(inverse), torch.zeros_like(inverse)
+        for c_k, tau_k in zip(c, self._thresholds(square, level).to(z.dtype), strict=True):
+            ratio = inverse * tau_k
+            s += c_k * ratio.clamp(max=1.0)
+            e -= c_k * ratio.masked_fill(ratio >= 1, 0.0)
+        e *= inverse.square()
+        back, state = pool.transpose(0, 1), z.reshape(square.shape)
+        factor = F.conv2d(s, back, w)
+
+        def apply(v: Tensor) -> Tensor:
+            v_ = v.reshape(square.shape)
+            return torch.addcmul(v_ * factor, state, F.conv2d(e * F.conv2d(state * v_, pool), back)).reshape(v.shape)
+
+        return apply
 
     def potential(self, z: Tensor, level: float | Tensor | None = None) -> Tensor:
         """Γ(z) of each sample, (B,), in float64: H(r) = ½r² up to τ, and τr - ½τ² beyond."""
@@ -91,6 +113,11 @@ class PooledRamps(nn.Module):
         for c_k, tau in zip(c, self._thresholds(square, level), strict=True):
             total = total + (c_k * torch.where(r < tau, r * r / 2, tau * (r - tau / 2))).sum((1, 2, 3))
         return total
+
+    def _tables(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """w (C) and, to broadcast against (B, C, H, W), W (G, C, 1, 1) and c (K, G, 1, 1), in the type of ``like``."""
+        w, pool, c = (table.to(like.dtype) for table in self.tables())
+        return w, pool[..., None, None], c[..., None, None]
 
     def _square(self, z: Tensor) -> Tensor:
         """z², (B, C, H, W). Raises ValueError for another number of channels."""
@@ -164,6 +191,7 @@ class WeaklyConvexRamps(PooledRamps):
     left alone. Γ is not convex, but Γ + ½·modulus·‖·‖² is: Γ's Hessian lies between -modulus·I and diag(w_j + Σ_i W_ij Σ_k p_ki)
     ≤ max(1, rise), since Σ_i W_ij ≤ 1. And Γ ≥ 0: f is concave on [0, T], 0 at 0 and not negative at T or beyond. (Slopes of
     both signs, weakly convex: Goujon, Neumayer & Unser 2024, arXiv:2308.10542.) For a :class:`~nonexpansive.nn.implicit.Resolvent`.
+    A ``modulus`` of 0 leaves the falls out, and Γ is convex.
 
     p = rise·softmax and n = min(p, modulus·softmax), each over k and a share that is left out, s = sigmoid. ``threshold``: the first
     τ to begin with, which double from ramp to ramp.
@@ -186,11 +214,11 @@ class WeaklyConvexRamps(PooledRamps):
         with torch.no_grad():
             self.mixture[0] = math.log(ramps) / PACE  # half of the rise is left out
             self.log_threshold.copy_(math.log(threshold) / PACE + math.log(2) / PACE * torch.arange(ramps)[:, None])
-        self.falls = nn.Parameter(torch.zeros(1 + ramps, groups))
-        self.returns = nn.Parameter(torch.zeros(ramps, groups))
+        self.falls = nn.Parameter(torch.zeros(1 + ramps, groups)) if modulus else None
+        self.returns = nn.Parameter(torch.zeros(ramps, groups)) if modulus else None
 
     def weights(self) -> Tensor:
-        return torch.cat([self._rise(), -self._fall()])
+        return self._rise() if self.falls is None else torch.cat([self._rise(), -self._fall()])
 
     def _rise(self) -> Tensor:
         """p (K, G)."""
@@ -198,10 +226,13 @@ class WeaklyConvexRamps(PooledRamps):
 
     def _fall(self) -> Tensor:
         """n (K, G)."""
+        assert self.falls is not None
         return torch.minimum(self.modulus * _shares(self.falls)[1:], self._rise())
 
     def _thresholds(self, like: Tensor, level: float | Tensor | None) -> Tensor:
         tau = super()._thresholds(like, level).clamp(max=LARGEST)
+        if self.returns is None:
+            return tau
         share = (PACE * self.returns).sigmoid() * (
             1 - 4 * torch.finfo(self.returns.dtype).eps
         )  # n T ≤ p τ as computed, too
