@@ -1,8 +1,7 @@
 """How far the rule for the prior's strength is from the best of a grid, model by model: ``python benchmarks/strength.py --data DIR``.
 
-The rule (``nonexpansive.restore.STRENGTH``) knows the noise and ‖A‖ alone and was tuned for deblurring. Here it meets other forward
-models, on crops of photographs, beside a grid of levels (in units of the noise) and trusts, of which the best is chosen *with*
-the clean pictures.
+The rule (``nonexpansive.restore.restoration.STRENGTH``) knows the noise and A alone. Here it meets forward models that are no blurs, on
+crops of photographs, beside a grid of levels (in units of the noise) and trusts, of which the best is chosen *with* the clean pictures.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ LEVELS, TRUSTS = (0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 2.1, 4.0)
 
 @dataclass(frozen=True)
 class Case:
-    """A forward model; ``unit``: noise is that many times the level asked for, where data are not in the unit of the picture."""
+    """A forward model; ``unit``: noise is that many times the level asked for, where data are not in the unit of the picture;
+    ``method``: in place of the one that is chosen by default."""
 
     name: str
     channels: int = 3
     settings: dict[str, Any] = field(default_factory=dict)
     unit: float = 1.0
+    method: str | None = None
 
     def __str__(self) -> str:
         return " ".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
@@ -46,7 +47,11 @@ CASES = [
     Case("downsample", settings={"factor": 2}),
     Case("downsample", settings={"factor": 3}),
     Case("mri", 1, {"acceleration": 4}),
+    Case("inpaint", settings={"keep": 0.4}, method="forward-backward"),
+    Case("downsample", settings={"factor": 2}, method="forward-backward"),
+    Case("mri", 1, {"acceleration": 4}, method="forward-backward"),
     Case("tomography", 1, {"angles": 60}, unit=30.0),
+    Case("tomography", 1, {"angles": 20}, unit=30.0),
 ]
 
 
@@ -63,14 +68,14 @@ def grid(job: Plan, y: Tensor, denoiser: ImageDenoiser, noise: float) -> Iterato
         tau = (trust * level) ** 2 if trust else longest
         # where the rule shortens its gradient step, its levels are relative to the shorter one
         sigma = level * (job.sigma if longest else noise)
-        yield level, trust, plan(y, job.data, denoiser, noise, sigma=sigma, tau=tau)
+        yield level, trust, plan(y, job.data, denoiser, noise, method=job.method, sigma=sigma, tau=tau)
 
 
 def row(case: Case, noise: float, clean: Tensor, denoiser: ImageDenoiser, iterations: int) -> list[str]:
     data = forward_model(case.name, tuple(clean.shape[1:]), **case.settings)
     noise *= case.unit
     y = degrade(clean, data, noise, seed=1)
-    job = plan(y, data, denoiser, noise)
+    job = plan(y, data, denoiser, noise, method=case.method)
     found = quality(job, clean, iterations)
     tried = [(quality(each, clean, iterations), level, trust) for level, trust, each in grid(job, y, denoiser, noise)]
     best, level, trust = max(tried, key=lambda one: one[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def denoiser(seed: int = 0, modulus: float = 0.9, tolerance: float = 1e-5) -> Pr
         resolvent.linear.weight.add_(0.5 * torch.randn_like(resolvent.linear.weight))
         for p in resolvent.activation.parameters():
             p.add_(0.2 * torch.randn_like(p))
-        resolvent.activation.falls[1:].add_(1.0)
+        if resolvent.activation.falls is not None:
+            resolvent.activation.falls[1:].add_(1.0)
     return model.double().eval()
 
 
@@ -357,3 +359,60 @@ def test_slopes_that_are_all_negative_make_the_problem_no_smoother() -> None:
     linear.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.05]]))
     z = Resolvent(linear, Falling(), tolerance=1e-6).double().eval()(torch.tensor([[1.0, 2.0]]).double())
     assert torch.allclose(z, torch.tensor([[2.0, 2 / (1 - 0.5 * 0.0025)]]).double(), atol=1e-5)
+
+
+# ---- a modulus of 0: the proximal map of a convex function
+
+
+def test_of_a_convex_regulariser_it_is_firmly_non_expansive_and_every_splitting_takes_it() -> None:
+    """Gradient ascent finds no pair that is contracted less than firmness says, and forward-backward, Douglas-Rachford and primal-dual,
+    each as it is, come to the same restoration, the minimiser of τf + R."""
+    D, (data, y), tau = denoiser(modulus=0.0, tolerance=1e-9), problem(), 0.7
+    certificate = certify(D, SHAPE)
+    assert D.convex and certificate.proximal and certificate.averaged is not None and certificate.averaged <= 0.5
+    x = torch.rand(4, *SHAPE, dtype=torch.float64)
+    direction = torch.randn_like(x).requires_grad_()
+    ascent, worst = torch.optim.Adam([direction], 0.05), -1.0
+    for _ in range(40):
+        moved = D(x + direction, 0.1) - D(x, 0.1)
+        a = certificate.averaged
+        slack = moved.square().sum() + (1 - a) / a * (direction - moved).square().sum() - direction.square().sum()
+        worst = max(worst, float(slack.detach() / direction.detach().square().sum()))
+        ascent.zero_grad()
+        (-slack / direction.square().sum()).backward()
+        ascent.step()
+    assert -0.5 < worst <= 1e-9  # comes near, and does not get there
+
+    restored, objectives = [], []
+    for method in ("forward-backward", "douglas-rachford", "primal-dual"):
+        T = splitting(method, D, data, y, sigma=0.1, tau=tau / data.lipschitz)
+        report = fixed_point(T, data.start(y), certificate=prove(T, SHAPE), tolerance=1e-8, iterations=4000)
+        assert report.converged, method
+        restored.append(report.image)
+        R = D.regulariser(report.image, 0.1)
+        assert R is not None
+        objectives.append(
+            tau / data.lipschitz * 0.5 * (data.A(report.image) - y).square().flatten(1).sum(1)
+            + R  # up to what R leaves out
+        )
+    for other, value in zip(restored[1:], objectives[1:], strict=True):
+        torch.testing.assert_close(other, restored[0], atol=2e-6, rtol=0)
+        torch.testing.assert_close(value, objectives[0], atol=1e-6, rtol=1e-6)
+    for _ in range(20):
+        away = restored[0] + 1e-3 * torch.randn_like(restored[0])
+        R = D.regulariser(away, 0.1)
+        assert R is not None
+        assert (tau / data.lipschitz * 0.5 * (data.A(away) - y).square().flatten(1).sum(1) + R > objectives[0]).all()
+
+
+def test_a_convex_regulariser_is_planned_as_averaged() -> None:
+    D = denoiser(modulus=0.0).float()
+    blurring = blur(kernel("motion:5,30"), SHAPE)
+    clean = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    y = degrade(clean, blurring, 0.02, 0)
+    for method in ("half-quadratic", "forward-backward", "douglas-rachford"):
+        job = plan(y, blurring, D, 0.02, method=method)
+        assert not isinstance(job.certificate, Descent) and job.averaged is not None and job.averaged < 1
+        report = job.run(tolerance=1e-3, iterations=300, acceleration=None)
+        assert report.converged
+        assert all(b <= a * (1 + 1e-3) for a, b in itertools.pairwise(report.movements)), method

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from nonexpansive.app.runs import captions
 from nonexpansive.nn.models import build
 from nonexpansive.restore.iterate import NOT_CERTIFIED
 from nonexpansive.restore.operators import Operator, forward_model
-from nonexpansive.restore.restoration import STRENGTH, plan
+from nonexpansive.restore.restoration import LEVEL, STRENGTH, kind_of, plan
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +124,42 @@ def test_measurements_from_arrays(monkeypatch, tmp_path, models, name, settings,
     assert np.load(out).shape == ((1, 20, 20) if settings.get("boundary") == "valid" else (1, 24, 24))
 
 
-@pytest.mark.parametrize("method", ["red", "primal-dual"])
+@pytest.mark.parametrize("method", ["red", "primal-dual", "forward-backward"])
 def test_the_level_is_in_the_unit_of_the_picture(method: str) -> None:
     """Data of c·A with noise of c·ν say as much as those of A with ν; and where ‖A‖ is above 1 the level is one of pictures."""
     denoiser = build("denoiser", channels=1, features=12, blocks=2).eval()
     A = forward_model("tomography", (1, 16, 16), angles=8)
     job = plan(A.A(scene(1, 16, 16)[None]), A, denoiser, 0.9, method=method, relax=True)
-    assert A.norm > 5 and job.sigma == pytest.approx(STRENGTH[method].factor * 0.9 / A.norm)  # type: ignore[index]
+    rule = STRENGTH[method]["diffuse"]  # type: ignore[index]
+    shorter = min(1.0, 1.99**0.5 / (rule.trust * rule.factor))  # as a step on the gradient of forward-backward may be
+    shorter = shorter if method == "forward-backward" else 1.0
+    assert A.norm > 5
+    assert job.sigma == pytest.approx(LEVEL * (shorter * rule.factor * 0.9 / A.norm / LEVEL) ** rule.power)
     loud = Operator(lambda x: 3 * A.A(x), A.image_shape, A.data_shape, 3 * A.norm)
     other = plan(3 * A.A(scene(1, 16, 16)[None]), loud, denoiser, 2.7, method=method, relax=True)
     assert other.sigma == pytest.approx(job.sigma)
     assert other.tau * loud.lipschitz == pytest.approx(job.tau * A.lipschitz)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kind"),
+    [
+        ("inpaint", {"keep": 0.05}, "sharp"),
+        ("downsample", {"factor": 3}, "sharp"),
+        ("mri", {"acceleration": 4}, "sharp"),
+        ("blur", {"kernel": "motion:9,30"}, "blur"),
+        ("blur", {"kernel": "gaussian:1.6", "boundary": "valid"}, "blur"),
+        ("blur", {"kernel": "shake:17,seed=4"}, "blur"),
+        ("tomography", {"angles": 15}, "diffuse"),
+    ],
+)
+def test_what_a_forward_model_does_to_white_noise_tells_its_kind(
+    name: str, settings: dict[str, Any], kind: str
+) -> None:
+    A = forward_model(name, (1, 48, 48), **settings)
+    assert kind_of(A, torch.zeros(1)) == kind
+    scaled = Operator(lambda x: 3 * A.A(x), A.image_shape, A.data_shape, 3 * A.norm)
+    assert kind_of(scaled, torch.zeros(1)) == kind  # whatever its unit
 
 
 def test_whole_numbers_are_grey_values_and_gradients_no_hindrance(monkeypatch, tmp_path, models):
@@ -276,16 +302,19 @@ def test_a_folder_is_restored_file_by_file(monkeypatch, tmp_path, models, capsys
     assert run(monkeypatch, source, *common) == 3
     error = capsys.readouterr().err
     assert "restored 3 of 4" in error and "d.png" in error
-    assert sorted(path.name for path in target.iterdir()) == ["a.png", "b.tif", "c.png"]
+    assert sorted(path.name for path in target.iterdir()) == ["a.png", "b.tif", "c.npy"]
+    restored = np.load(target / "c.npy")
+    assert restored.dtype == np.float32 and restored.shape == scene(3).shape
+    assert np.abs(restored * 255 - np.round(restored * 255)).max() > 0.1  # not rounded to 8 bit on the way
     values = json.loads((tmp_path / "r.json").read_text())
     assert len(values["files"]) == 3 and all(entry["certified"] for entry in values["files"])
     assert list(values["failed"]) == ["d.png"]
     (source / "d.png").unlink()
     assert run(monkeypatch, source, *common) == 0
-    write_image(source / "c.png", scene(3))
+    torch.save(scene(3), source / "c.pt")
     assert run(monkeypatch, source, *common) == 3
     assert "several inputs" in capsys.readouterr().err
-    (source / "c.png").unlink()
+    (source / "c.pt").unlink()
     assert run(monkeypatch, source, *common, "--method", "forward-backward", "--tau", 3) == 4
 
 

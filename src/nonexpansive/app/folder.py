@@ -26,7 +26,8 @@ def one_by_one(
     arrays: Collection[str] = (),
     read: Iterable[Path] = (),
 ) -> None:
-    """Do ``work`` on every picture of the folder ``source``, and every file that ends in one of ``arrays``, into the folder ``output``.
+    """Do ``work`` on every picture of the folder ``source``, and every file that ends in one of ``arrays``, into the folder ``output``:
+    a picture gives one of its name, an array an array, ``.npy``, which rounds nothing.
 
     Raises BadInput at the end, with all that failed; if everything did, as the first did. ``read``: files that may not be written.
     """
@@ -57,7 +58,7 @@ def one_by_one(
 
 
 def _pairs(source: Path, output: Path, arrays: Collection[str], read: Iterable[Path]) -> list[tuple[Path, Path]]:
-    """Each file of a folder that can be read, and where its picture goes. Refuses what could not be written, or is ``read`` too."""
+    """Each file of a folder that can be read, and where its result goes. Refuses what could not be written, or is ``read`` too."""
     if output.exists() and not output.is_dir():
         raise BadInput(f"{source} is a folder, so the output must be one: {output} is a file")
     if not output.exists() and not output.parent.is_dir():
@@ -66,7 +67,7 @@ def _pairs(source: Path, output: Path, arrays: Collection[str], read: Iterable[P
     if not files:
         others = f" and no {', '.join(arrays)}" if arrays else ""
         raise BadInput(f"folder {str(source)!r} holds no pictures ({', '.join(IMAGE_SUFFIXES)}){others}")
-    pairs = [(path, output / (f"{path.stem}.png" if path.suffix.lower() in arrays else path.name)) for path in files]
+    pairs = [(path, output / (f"{path.stem}.npy" if path.suffix.lower() in arrays else path.name)) for path in files]
     names = [target.name for _, target in pairs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BadInput(
@@ -74,5 +75,5 @@ def _pairs(source: Path, output: Path, arrays: Collection[str], read: Iterable[P
         )
     output.mkdir(exist_ok=True)
     for path, target in pairs:
-        check_writable(target, inputs=(path, *read))
+        check_writable(target, inputs=(path, *read), suffixes=(*IMAGE_SUFFIXES, ".npy"))
     return pairs

@@ -222,11 +222,14 @@ class Denoiser(ImageDenoiser):
 
 
 class ProximalDenoiser(ImageDenoiser):
-    """D(y, σ) = argmin_x ½‖x - y‖² + R_σ(x), the proximal map of a learned, weakly convex R_σ (Goujon et al. 2024, arXiv:2308.10542).
+    """D(y, σ) = argmin_x ½‖x - y‖² + R_σ(x), the proximal map of a learned R_σ, convex or weakly convex (Goujon et al. 2022 and
+    2024, arXiv:2211.12461 and arXiv:2308.10542).
 
-    R_σ is a sum over groups of filters of functions of their amplitudes, and
-    ``modulus``-weakly convex by construction: D is 1/(1 - ``modulus``)-Lipschitz for every fixed σ, not averaged. What the freedom to
-    be concave buys is strength; what is left of the theory is descent on an objective (:class:`nonexpansive.restore.Descent`).
+    R_σ is a sum over groups of filters of functions of their amplitudes, and ``modulus``-weakly convex by construction:
+
+    - ``modulus`` 0: R_σ is convex, and D firmly non-expansive (α ≤ 1/2), which every splitting takes as it is;
+    - above: D is 1/(1 - ``modulus``)-Lipschitz for every fixed σ, not averaged. What the freedom to be concave buys is strength; what is
+      left of the theory is descent on an objective (:class:`nonexpansive.restore.Descent`).
 
     - ``channels``: 1 or 3; ``factor``, ``kernel``: the filters have side factor·kernel. They begin as :func:`cosine_frame`'s, or, for a
       smaller ``frame``, as those of side factor·``frame`` with zeros around them, which are fewer;
@@ -261,7 +264,7 @@ class ProximalDenoiser(ImageDenoiser):
             )
         if not 0 < frame <= kernel or frame % 2 == 0 or factor * frame < 2:
             raise BadInput(f"frame is odd and at most the kernel, {kernel}, and sees more than one pixel; not {frame}")
-        self.channels = channels
+        self.channels, self.convex = channels, modulus == 0
         inputs, outputs = channels * factor**2, channels * ((factor * frame) ** 2 - 1)
         linear = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
         border = [(kernel - frame) // 2] * 4

@@ -25,31 +25,43 @@ from nonexpansive.restore.iterate import (
 )
 from nonexpansive.restore.likelihood import Gaussian, Likelihood, likelihood_of
 from nonexpansive.restore.methods import METHODS, Method, splitting
-from nonexpansive.restore.operators import Operator
-from nonexpansive.restore.physics import Blurring
 from nonexpansive.restore.steps import DataTerm
 from nonexpansive.restore.tiles import Tiled
+
+Kind = Literal["sharp", "blur", "diffuse"]
+"""Of a forward model, by its :func:`sharpness`."""
 
 
 @dataclass(frozen=True)
 class Strength:
-    """How the prior is weighed: the denoiser's level is ``factor``·ν/max(1, ‖A‖) + ``floor`` for noise ν in the data, and τ =
-    (``trust``·level)²/v, v = ν² for Gaussian noise, the gain for photons (``Likelihood.variance``)."""
+    """How the prior is weighed: with s = ``factor``·ν/max(1, ‖A‖) + ``floor`` for noise ν in the data, τ = (``trust``·s)²/v, v = ν² for
+    Gaussian noise, the gain for photons (``Likelihood.variance``), and the denoiser's level is LEVEL·(s/LEVEL)^``power``."""
 
     factor: float
     floor: float
     trust: float
+    power: float = 1.0
 
 
-_HALF_QUADRATIC, _SHARED = Strength(0.5, 0.015, 2.1), Strength(0.5, 0.0, 2.1)
-STRENGTH: dict[Method, Strength] = {
-    method: _HALF_QUADRATIC if method == "half-quadratic" else _SHARED for method in METHODS
+LEVEL = 0.012
+"""The level at which a power leaves s as it is."""
+
+_BLUR, _SHARP = Strength(0.5, 0.0, 2.1), Strength(1.0, 0.0, 1.4)
+STRENGTH: dict[Method, dict[Kind, Strength]] = {
+    **{method: {"blur": _BLUR, "sharp": _SHARP, "diffuse": _BLUR} for method in METHODS},
+    "half-quadratic": {
+        "blur": Strength(0.5, 0.015, 2.1),
+        "sharp": Strength(0.5, 0.015, 3.0),
+        "diffuse": Strength(0.5, 0.015, 3.0),
+    },
+    "forward-backward": {"blur": _BLUR, "sharp": _SHARP, "diffuse": Strength(0.5, 0.0, 3.0, 1.22)},
 }
-"""Chosen for deblurring by half-quadratic and forward-backward, on training photographs and other kernels than those reported (see
-docs/training.md); from the noise and ‖A‖ alone, not per picture. The others take it over untuned."""
+"""Chosen for half-quadratic and forward-backward, on training photographs, of blurs with other kernels than those reported (see
+docs/training.md; the others by benchmarks/strength.py); from the noise and A alone, not per picture. The other methods take over what
+forward-backward has, whose restorations most of them share.
 
-SHARP_TRUST = 3.0
-"""``trust`` of these two methods where the forward model is no blur (benchmarks/strength.py)."""
+A power above 1: the force of a denoiser's prior grows less than with the square of its level, as the noise's does. That shows where levels
+are far from those of pictures, as for tomography."""
 
 PROXIMAL_TRUST = 1.7
 """``trust`` of a proximal denoiser in place of those, chosen alike (see docs/training.md)."""
@@ -131,8 +143,24 @@ def has_prox(data: DataTerm, y: Tensor) -> bool:
     return True
 
 
-def _blurs(data: DataTerm) -> bool:
-    return isinstance(data, Blurring) or (isinstance(data, Operator) and data.name.startswith("blur"))
+@torch.no_grad()
+def sharpness(data: DataTerm, like: Tensor) -> float:
+    """‖AᵀAz‖²/(‖A‖²‖Az‖²) for white noise z: Σs⁴/(‖A‖²Σs²) over A's singular values s, but for chance.
+
+    1 for a projection: what A passes at all it passes whole. Small where most of what it passes is far below its norm: 0.73 to 1 for
+    inpainting, down-sampling, MRI; 0.2 to 0.55 for blurs; below 0.1 for tomography. Of A's own scale it knows nothing. ``like``: a
+    tensor of the data's type and device.
+    """
+    z = torch.randn(1, *data.image_shape, generator=torch.Generator().manual_seed(0)).to(like)
+    passed = data.A(z)
+    size = float(passed.square().sum()) * data.lipschitz
+    return float(data.A_adjoint(passed).square().sum()) / size if size else 1.0
+
+
+def kind_of(data: DataTerm, like: Tensor) -> Kind:
+    """What counts as which for :data:`STRENGTH`."""
+    found = sharpness(data, like)
+    return "sharp" if found >= 0.65 else "blur" if found >= 0.15 else "diffuse"
 
 
 def plan(
@@ -157,11 +185,10 @@ def plan(
 
     ``method`` defaults to half-quadratic for Gaussian noise where the proximal map of the data term has a closed form, else to
     forward-backward; for photons to primal-dual, with the denoiser relaxed to α ≤ 1/2 (``relax``), as steps on their steep gradient are
-    short; a proximal denoiser goes with forward-backward there. ``sigma`` (the denoiser's level) and ``tau`` default to a rule in the
-    noise and ‖A‖ (:data:`STRENGTH`), one for all of y; where a step on the gradient may not be that long, both become smaller together.
-    ``box`` defaults to
-    the projection on [0, 1]ⁿ for these two methods, so that a fixed point exists; to none for others, and for a proximal denoiser,
-    which descends only without. The rest is as for :func:`splitting`.
+    short; a proximal denoiser that is not averaged goes with forward-backward there. ``sigma`` (the denoiser's level) and ``tau`` default
+    to a rule in the noise and A (:data:`STRENGTH`), one for all of y; where a step on the gradient may not be that long, both become
+    smaller together. ``box`` defaults to the projection on [0, 1]ⁿ for these two methods, so that a fixed point exists; to none for
+    others, and for a proximal denoiser that is not averaged, which descends only without. The rest is as for :func:`splitting`.
 
     Raises Refused where convergence is not proved, with the nearest setting that would be, unless ``uncertified``: then the plan holds
     no certificate, and says why.
@@ -175,7 +202,7 @@ def plan(
         raise BadInput(f"data are a batch of floats such that white is 1, not {y.dtype} of shape {tuple(y.shape)}")
     y = y.to(next((p.dtype for p in denoiser.parameters()), y.dtype))
     inner = denoiser.denoiser if isinstance(denoiser, Tiled) else denoiser
-    descends = isinstance(inner, ProximalDenoiser)
+    descends = isinstance(inner, ProximalDenoiser) and not inner.convex
     likelihood = likelihood_of(noise)
     gaussian = isinstance(likelihood, Gaussian)
     if not gaussian and getattr(data, "signed", False):
@@ -197,11 +224,9 @@ def plan(
         data.prox(data.start(y[:1]), y[:1], 1.0)  # Refused, with the remedy, where there is none, uncertified or not
     if box is None:
         box = chosen in ("half-quadratic", "forward-backward") and not descends
-    rule, smoothness = STRENGTH[chosen], None
+    rule, smoothness = STRENGTH[chosen]["blur" if descends else kind_of(data, y)], None
     if descends:
         rule = replace(rule, trust=PROXIMAL_TRUST)
-    elif chosen in ("half-quadratic", "forward-backward") and not _blurs(data):
-        rule = replace(rule, trust=SHARP_TRUST)
     if chosen in ("forward-backward", "red") or (chosen == "primal-dual" and box):
         smoothness = data.lipschitz * likelihood.smoothness(y)
     ruled = rule.factor * likelihood.spread(y) / max(1.0, data.norm) + rule.floor
@@ -216,6 +241,8 @@ def plan(
         if smoothness and chosen != "red" and tau > longest / smoothness:
             tau = longest / smoothness
             level = math.sqrt(tau * likelihood.variance) / rule.trust if sigma is None else sigma
+    if sigma is None:
+        level = min(1.0, LEVEL * (level / LEVEL) ** rule.power)
     iteration = splitting(
         chosen,
         Tiled(denoiser, memory) if isinstance(denoiser, ImageDenoiser) else denoiser,
@@ -242,4 +269,4 @@ def plan(
     return Plan(iteration, start, certificate, chosen, level, tau, data, likelihood, smoothness, refusal, memory)
 
 
-__all__ = ["SMALLEST_NOISE", "STRENGTH", "Plan", "Strength", "has_prox", "plan"]
+__all__ = ["SMALLEST_NOISE", "STRENGTH", "Plan", "Strength", "has_prox", "plan", "sharpness"]

@@ -50,9 +50,10 @@ class Splitting(Iteration, nn.Sequential):
     method = "splitting"
 
     def forward(self, input: Tensor) -> Tensor:
-        if len(self) == 2 and isinstance(self[1], AtLevel):
-            return self[1](self[0](input), near=input)  # as T(x) is near x before long
-        return super().forward(input)
+        x = input
+        for part in self:
+            x = part(x, near=input) if isinstance(part, AtLevel) else part(x)  # as T(x) is near x before long
+        return x
 
     def distance(self, state: Tensor) -> Tensor | None:
         last = self[-1] if len(self) else None
