@@ -21,7 +21,7 @@ from nonexpansive.nn import implicit
 from nonexpansive.nn.control import sound_norm
 from nonexpansive.nn.implicit import Resolvent
 from nonexpansive.nn.linear import homogeneous
-from nonexpansive.nn.pooled import WeaklyConvexRamps
+from nonexpansive.nn.pooled import PooledRamps, WeaklyConvexRamps
 from nonexpansive.nn.spline import ClippedRamps
 
 CASES = [
@@ -276,6 +276,31 @@ def test_samples_that_are_solved_are_left_out_and_keep_their_levels(layer: Calla
         parts = [outcomes[index] for outcomes in alone]
         expected = torch.cat(parts) if index < 2 else torch.stack(parts).sum(0)
         torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-8)
+
+
+class Halved(PooledRamps):
+    """Overrides what its class's ``derivative`` speaks of."""
+
+    def forward(self, z: Tensor, level: Any = None) -> Tensor:
+        return super().forward(z, level) / 2
+
+    def slope_range(self) -> tuple[float, float]:
+        return 0.0, 0.5
+
+
+@pytest.mark.parametrize("kind", [PooledRamps, Halved])
+def test_the_derivative_that_an_activation_offers_is_used_only_if_it_is_that_of_its_forward(
+    kind: type[PooledRamps],
+) -> None:
+    torch.manual_seed(0)
+    resolvent = Resolvent(nn.Conv2d(2, 6, 3, padding=1, bias=False), kind(6, 3), 30.0, 1e-10).double().eval()
+    x, direction = sample((2, 5, 5), 2), sample((2, 5, 5), 2)
+    (slope,) = torch.autograd.grad((resolvent(x.requires_grad_(), 0.7) * direction).sum(), x)
+    with torch.no_grad():
+        ahead, behind = (resolvent(x + e * direction, 0.7) for e in (1e-5, -1e-5))
+    torch.testing.assert_close(
+        (slope * direction).sum(), ((ahead - behind) * direction).sum() / 2e-5, rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("proposal", [lambda y: y, lambda y: y + 1e30, lambda y: y * math.nan])

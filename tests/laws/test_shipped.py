@@ -11,7 +11,7 @@ import torch
 
 import nonexpansive
 from nonexpansive.checkpoint import DEFAULTS
-from nonexpansive.nn.models import ImageDenoiser, ProximalDenoiser
+from nonexpansive.nn.models import Denoiser, ImageDenoiser, ProximalDenoiser
 from nonexpansive.robust import Evaluation, certify_classifier, evaluate, pixels, require_sound, search
 from nonexpansive.robust.attacks import pgd
 from nonexpansive.train import load_images
@@ -31,7 +31,10 @@ def test_it_is_what_it_promises_to_be_at_every_size(name):
         certificate = nonexpansive.certify(model, (model.channels, *size))
         if isinstance(model, ProximalDenoiser):
             assert certificate.proximal and certificate.lipschitz <= 10.001
+            assert model.convex == (certificate.averaged is not None)
+            assert certificate.averaged is None or certificate.averaged <= 0.5
             continue
+        assert isinstance(model, Denoiser)
         if model.lipschitz is not None:
             assert certificate.averaged is None and not certificate.proximal
             assert certificate.lipschitz <= model.lipschitz <= 3

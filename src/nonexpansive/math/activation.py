@@ -181,6 +181,11 @@ def register_activation(cls: type[nn.Module], rule: Callable[..., Slopes]) -> No
     _RULES[cls] = rule
 
 
+def speaks_of(cls: type, method: str) -> bool:
+    """Whether the class has a method that speaks of its forward: one that overrides forward alone computes something else."""
+    return method in vars(next((c for c in cls.__mro__ if method in vars(c) or "forward" in vars(c)), nn.Module))
+
+
 def slopes(module: nn.Module) -> Slopes:
     """The range of σ's slopes, for a registered activation (by exact class) or a module with a method
     ``slope_range()`` that returns ``(low, high)`` or ``Slopes``.
@@ -190,9 +195,7 @@ def slopes(module: nn.Module) -> Slopes:
     cls = type_before_parametrizations(module)
     if cls in _RULES:
         return _RULES[cls](module)
-    # A class that overrides forward and not slope_range computes something else than those bounds speak of.
-    speaker = next((c for c in cls.__mro__ if "slope_range" in vars(c) or "forward" in vars(c)), nn.Module)
-    if "slope_range" in vars(speaker):
+    if speaks_of(cls, "slope_range"):
         bounds: Any = module.slope_range()  # type: ignore[operator]
         return bounds if isinstance(bounds, Slopes) else Slopes(float(bounds[0]), float(bounds[1]))
     raise Refused(

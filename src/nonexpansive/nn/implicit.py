@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from nonexpansive.errors import BadInput, Diverging, Refused
 from nonexpansive.math.activation import activation as find_activation
-from nonexpansive.math.activation import slopes
+from nonexpansive.math.activation import slopes, speaks_of
 from nonexpansive.math.enclosure import column
 from nonexpansive.math.rounding import above, down, times, up
 from nonexpansive.nn.control import SMALLEST, NormControl, sound_norm
@@ -43,7 +43,8 @@ class Resolvent(nn.Module):
     implicit function theorem: conjugate gradients on I + h∇²V, symmetric and at least m, to the same relative tolerance; its
     memory does not depend on the iterations.
 
-    ``linear`` and ``activation``: A, b and σ, as for ``GradientFlow``, σ a gradient; ``step``: h. With ``relative``, h is
+    ``linear`` and ``activation``: A, b and σ, as for ``GradientFlow``, σ a gradient, whose method ``derivative(t, *level)``, if it has one,
+    gives v ↦ σ'(t)v; ``step``: h. With ``relative``, h is
     ``step``/‖A‖² instead, for a bound on ‖A‖ (in training mode an estimate): μ = ``step``·l whatever the weights become.
 
     Raises Refused if μ is not below 1 or the norm of A is not known, BadInput for a step or tolerance out of range or an input that is
@@ -238,7 +239,7 @@ class Resolvent(nn.Module):
     def _linearise(self, z: Tensor, *level: Tensor | float) -> tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]:
         """v ↦ σ'(Az + b)v, of the activation's own ``derivative`` where it has one, and the pullback of A."""
         t, pullback = affine(self.linear, z)
-        if hasattr(self.activation, "derivative"):
+        if speaks_of(type(self.activation), "derivative"):
             return self.activation.derivative(t, *level), pullback  # type: ignore[operator]
         with torch.enable_grad():
             t = t.detach().requires_grad_()
