@@ -369,7 +369,8 @@ def test_of_a_convex_regulariser_it_is_firmly_non_expansive_and_every_splitting_
     each as it is, come to the same restoration, the minimiser of τf + R."""
     D, (data, y), tau = denoiser(modulus=0.0, tolerance=1e-9), problem(), 0.7
     certificate = certify(D, SHAPE)
-    assert D.convex and certificate.proximal and certificate.averaged is not None and certificate.averaged <= 0.5
+    assert D.convex and certificate.proximal and certificate.nonexpansive
+    assert certificate.averaged is not None and certificate.averaged <= 0.5
     x = torch.rand(4, *SHAPE, dtype=torch.float64)
     direction = torch.randn_like(x).requires_grad_()
     ascent, worst = torch.optim.Adam([direction], 0.05), -1.0

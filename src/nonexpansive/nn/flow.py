@@ -486,7 +486,8 @@ def _resolvent(module: Resolvent, shape: Shape, unit: float) -> Certificate:
     require_out_of_place(module.activation, "which the resolvent uses again")
     norm = sound_norm(module.linear)
     (m, _), h = module.curvature(norm), module.length(norm)
-    inverse, convex = up(1 / m), slope.low >= 0
+    convex = slope.low >= 0
+    inverse = 1.0 if convex else up(1 / m)
     smoothness = times(times(slope.high, norm), norm)
     alpha = up(1 / (2 + 2 * down(down(1 / smoothness) / h))) if smoothness else 0.0
     exact = _field(module.linear, module.activation, Enclosure.input(0.0, entries(shape)), shape, norm, h)

@@ -248,7 +248,7 @@ class WeaklyConvexRamps(PooledRamps):
         shares = 3 * len(self.mixture) + 26
         ulps = read.ulps + 1.01 * (2 * shares + TRANSCENDENTAL + 14) * max(1.0, self.rise + self.modulus)
         return replace(
-            read, low=-self.modulus, high=up(read.high + ulps * torch.finfo(self.mixture.dtype).eps), ulps=ulps
+            read, low=0.0 - self.modulus, high=up(read.high + ulps * torch.finfo(self.mixture.dtype).eps), ulps=ulps
         )
 
     def extra_repr(self) -> str:
