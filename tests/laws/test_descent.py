@@ -371,9 +371,9 @@ def test_of_a_convex_regulariser_it_is_firmly_non_expansive_and_every_splitting_
     certificate = certify(D, SHAPE)
     assert D.convex and certificate.proximal and certificate.nonexpansive
     assert certificate.averaged is not None and certificate.averaged <= 0.5
-    x = torch.rand(4, *SHAPE, dtype=torch.float64)
-    direction = torch.randn_like(x).requires_grad_()
-    ascent, worst = torch.optim.Adam([direction], 0.05), -1.0
+    x = 0.5 + 1e-4 * torch.rand(4, *SHAPE, dtype=torch.float64)  # flat: there every ramp is at its steepest
+    direction = (1e-4 * torch.randn_like(x)).requires_grad_()
+    ascent, worst = torch.optim.Adam([direction], 1e-5), -1.0
     for _ in range(40):
         moved = D(x + direction, 0.1) - D(x, 0.1)
         a = certificate.averaged
@@ -382,7 +382,7 @@ def test_of_a_convex_regulariser_it_is_firmly_non_expansive_and_every_splitting_
         ascent.zero_grad()
         (-slack / direction.square().sum()).backward()
         ascent.step()
-    assert -0.5 < worst <= 1e-9  # comes near, and does not get there
+    assert -0.2 < worst <= 1e-6  # comes near, and does not get there
 
     restored, objectives = [], []
     for method in ("forward-backward", "douglas-rachford", "primal-dual"):
