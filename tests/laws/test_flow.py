@@ -33,9 +33,10 @@ from nonexpansive.nn import (
     WeaklyConvexRamps,
     project,
 )
+from nonexpansive.nn import linear as layers
 from nonexpansive.nn.control import CONTROLS
 from nonexpansive.nn.flow import LIPSCHITZ, observe
-from nonexpansive.nn.linear import FEW, affine, chain_length, homogeneous, widest
+from nonexpansive.nn.linear import FEW, affine, chain_length, homogeneous
 from nonexpansive.nn.models import Denoiser
 
 LINEARS = list(flow_linears())
@@ -72,32 +73,33 @@ def test_the_adjoint_is_exact(name: str, make: Make, shape: Shape) -> None:
 @pytest.mark.parametrize(
     "geometry", [{}, {"stride": (2, 3)}, {"dilation": (1, 2), "padding": (2, 0)}, {"kernel_size": (1, 4), "stride": 2}]
 )
-def test_patches_summed_where_they_overlap_are_the_transposed_convolution(
+def test_convolutions_column_by_column_are_the_same_ones(
     channels: int, geometry: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Strides that leave pixels unreached included; on the CPU without gradients, for few channels, and not where patches, of so large
-    a kernel, would need far more memory than the output."""
-    folds: list[int] = []
-    fold = torch.nn.functional.fold
-    monkeypatch.setattr(torch.nn.functional, "fold", lambda *a, **k: folds.append(1) or fold(*a, **k))
+    """Strides that leave pixels unreached included; on the CPU without gradients, for few channels, and not where the moved images need
+    more memory than the output; a wrong shift of a column would show in either direction."""
+    gathered: list[int] = []
+    written = layers._gathered
+    monkeypatch.setattr(layers, "_gathered", lambda *a: gathered.append(1) or written(*a))
     torch.manual_seed(0)
     options = {"kernel_size": 3, "padding": 1, **geometry}
     x = torch.randn(2, channels, 11, 12, dtype=torch.float64)
     for filters in (6 * channels, channels):
-        folds.clear()
+        gathered.clear()
         conv = nn.Conv2d(channels, filters, **options).double()  # type: ignore[arg-type]
         t, pullback = affine(conv, x)
         expected = pullback(t, 0.3)
-        assert not folds
+        assert torch.allclose(t, conv(x), rtol=1e-12, atol=1e-12) and not gathered
         with torch.no_grad():
+            t_, pullback = affine(conv, x)
+            assert torch.allclose(t_, t, rtol=1e-12, atol=1e-12)
             assert torch.allclose(pullback(t, 0.3), expected, rtol=1e-12, atol=1e-12)
-        assert bool(folds) == (channels <= FEW and filters > channels)
-        assert widest(conv) == max(filters, channels, channels * math.prod(conv.kernel_size) if folds else 0)
-        folds.clear()
+        assert bool(gathered) == (channels <= FEW and filters > channels)
+        gathered.clear()
         with torch.no_grad():
             t, pullback = affine(conv.bfloat16(), x.bfloat16())
             pullback(t)
-        assert not folds
+        assert not gathered
 
 
 @linears

@@ -122,11 +122,13 @@ class Identity(nn.Module):
         return noisy * self.weight
 
 
-def test_loss_balances_levels_and_validation_is_fixed() -> None:
+def test_loss_balances_levels_and_photographs_and_validation_is_fixed() -> None:
     problem = task(sigma=(25.0, 25.0))
     batch = problem.batch(0, range(32))
-    expected = (batch[1] - batch[0]).square().mean() / (25 / 255) ** 1.5
-    torch.testing.assert_close(problem.loss(Identity(), batch), expected)
+    squares = (batch[1] - batch[0]).square().mean((1, 2, 3))
+    torch.testing.assert_close(problem.loss(Identity(), batch), squares.sqrt().mean() / (25 / 255) ** 0.75)
+    of_squares = task(sigma=(25.0, 25.0), loss="mse").loss(Identity(), batch)
+    torch.testing.assert_close(of_squares, squares.mean() / (25 / 255) ** 1.5)
     with torch.no_grad():
         metrics = problem.validate(Identity())
     assert tuple(metrics) == problem.metrics == ("psnr", "psnr_10", "psnr_25")

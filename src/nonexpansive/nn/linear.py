@@ -1,7 +1,7 @@
 """A linear layer and its exact adjoint, whatever the layer.
 
 ``affine(linear, x)`` gives t = Ax + b and the pullback s ↦ Aᵀs. For ``nn.Linear`` and zero-padded convolutions the adjoint is
-written out (a transposed convolution, or where that is slow the same sum patch by patch); for every other layer it is the
+written out (a transposed convolution, or where that is slow the same sum column by column); for every other layer it is the
 vector-Jacobian product of the layer's own forward, hence right for each padding mode, parametrization, and module of the user's.
 
 In evaluation mode a product with a matrix of many columns is summed in chunks, and then over the chunks: what can be proved of the
@@ -10,7 +10,6 @@ rounding of a sum grows with the length of its longest chain of additions (Higha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +32,8 @@ CHUNK = 256
 """The longest chunk."""
 
 FEW = 4
-"""Up to so many channels a convolution's adjoint is summed patch by patch on the CPU. Measured at 1 and 4: some 5 and 2 times as fast."""
+"""Of up to so many channels a convolution is taken column by column on the CPU: :func:`_columns`. Measured for filters of side 9 and 5 with
+one and four channels, the adjoint is some 5 and 2 times as fast, and with one the convolution 3 to 4 times."""
 
 MANY = 1024
 """From so many columns on a product is summed in chunks."""
@@ -87,7 +87,7 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
         ), lambda s, scale=1.0: s @ _scaled(weight, scale)
     else:
         if is_written_out(linear):
-            t = linear._conv_forward(x, weight, bias)
+            t = _convolved(x, weight, bias, linear) if _columns(linear, x) else linear._conv_forward(x, weight, bias)
             stride, padding, dilation = linear.stride, linear.padding, linear.dilation
             geometry = zip(x.shape[2:], t.shape[2:], stride, padding, dilation, linear.kernel_size, strict=True)
             unreached = tuple(n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, s, p, d, k in geometry)
@@ -95,8 +95,8 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
 
             def pullback(s: Tensor, scale: float | Tensor = 1.0) -> Tensor:
                 w = _scaled(weight, scale)
-                if _folds(linear, s):
-                    return _folded(s, w, size, linear)
+                if _columns(linear, s):
+                    return _gathered(s, w, size, unreached[0], linear)
                 return adjoint(s, w, None, stride, padding, unreached, groups, dilation)
 
             return t, pullback
@@ -108,32 +108,53 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
     return t, lambda s, scale=1.0: vjp(s * scale if isinstance(scale, Tensor) or scale != 1 else s)[0]
 
 
-def _folds(linear: Any, s: Tensor) -> bool:
-    """Whether :func:`_folded` is quicker than a transposed convolution, and as precise: on the CPU, where that is slow for so few
-    channels, where nothing is differentiated, for its derivative is slow, and not in 16 bits, in which it would add up."""
+def _columns(linear: Any, x: Tensor) -> bool:
+    """Whether the convolution of x, or its adjoint, is taken column by column: as one whose filters have a single column, of the images
+    moved by j columns for each column j of the filters. A CPU is slow with few channels, and that makes channels of the columns.
+
+    Not where anything is differentiated, for the derivative is slow, and not in 16 bits, in which the columns would add up."""
     plain = (
-        s.device.type == "cpu" and s.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+        x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     )
-    return _patches(linear) > 0 and plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    plain = plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not plain or x.ndim != 4 or not isinstance(linear, nn.Conv2d) or linear.groups > 1 or linear.in_channels > FEW:
+        return False
+    columns = linear.kernel_size[1]
+    return columns > 1 and columns * linear.in_channels <= linear.out_channels  # no more memory than the output has
 
 
-def _patches(linear: Any) -> int:
-    """The numbers in a patch that the convolution reads, if it reads FEW channels and makes half as many numbers of it at least; else 0."""
-    if not isinstance(linear, nn.Conv2d) or linear.groups > 1 or linear.in_channels > FEW:
-        return 0
-    size = linear.in_channels * math.prod(linear.kernel_size)
-    return size if size <= 2 * linear.out_channels else 0
+def _single_columns(weight: Tensor) -> Tensor:
+    """(O, C, m, k) → (O, kC, m, 1)."""
+    return weight.movedim(-1, 1).flatten(1, 2)[..., None]
 
 
-def _folded(s: Tensor, weight: Tensor, size: tuple[int, ...], linear: Any) -> Tensor:
-    """The transposed convolution as a product with the weights, which gives each patch, and the sum of the patches where they overlap."""
-    columns = weight.flatten(1).T.contiguous()  # a copy: with a parameter itself the product is slower
-    return F.fold(columns @ s.flatten(2), size, linear.kernel_size, linear.dilation, linear.padding, linear.stride)
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, linear: Any) -> Tensor:
+    """The convolution. Several channels are fast enough as they are, where those of a pixel lie together."""
+    (down, right), (above, left), (tall, wide) = linear.stride, linear.padding, linear.dilation
+    if x.shape[1] > 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, bias, linear.stride, linear.padding, linear.dilation)
+    x, columns = F.pad(x, (left, left)), weight.shape[3]
+    span = x.shape[3] - wide * (columns - 1)
+    moved = x[:, 0].unfold(2, span, wide)[:, :, :columns, ::right].movedim(2, 1)
+    moved = moved.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(moved, _single_columns(weight), bias, (down, 1), (above, 0), (tall, 1))
+
+
+def _gathered(s: Tensor, weight: Tensor, size: tuple[int, ...], unreached: int, linear: Any) -> Tensor:
+    """The adjoint: that of the convolution by single columns, and the sum of what it gives for each, moved back."""
+    (down, right), (above, left), (tall, wide) = linear.stride, linear.padding, linear.dilation
+    moved = F.conv_transpose2d(s, _single_columns(weight), None, (down, 1), (above, 0), (unreached, 0), 1, (tall, 1))
+    columns = moved.unflatten(1, (weight.shape[3], weight.shape[1]))
+    total = s.new_zeros(len(s), weight.shape[1], size[0], size[1] + 2 * left)
+    for j in range(weight.shape[3]):
+        total[..., wide * j : wide * j + right * (s.shape[-1] - 1) + 1 : right] += columns[:, j]
+    return total[..., left : left + size[1]].contiguous()
 
 
 def widest(linear: nn.Conv2d) -> int:
     """The most channels that an array has which the convolution, or its adjoint, makes for each position of its output."""
-    return max(linear.in_channels, linear.out_channels, _patches(linear))
+    return max(linear.in_channels, linear.out_channels)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Tensor:

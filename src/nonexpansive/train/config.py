@@ -74,6 +74,10 @@ class DenoiseData:
     The folders `train` and `validation` hold photographs; `exclude` is a file of names that are used from neither (the
     test photographs). One level σ is drawn for each sample, uniformly in `sigma`; validation is at each of `levels`, on
     the first `validation_images` photographs by name.
+
+    The loss is the mean over the samples of what `loss` names, `rmse`, the root mean square error over σ^0.75, or its square, `mse`. The
+    root is there for the sake of the mean PSNR: that counts a photograph's relative error, where a mean of squares is a matter of its
+    hardest patches. (The mean of the patches' own PSNR would go too far: they differ more than photographs do.)
     """
 
     train: str = "train"
@@ -84,6 +88,7 @@ class DenoiseData:
     sigma: tuple[float, float] = (1.0, 55.0)
     levels: tuple[float, ...] = (5.0, 15.0, 25.0, 50.0)
     validation_images: int = 16
+    loss: Literal["rmse", "mse"] = "rmse"
 
     def __post_init__(self) -> None:
         _require(self.patch >= 2, "data.patch", self.patch, "at least 2")

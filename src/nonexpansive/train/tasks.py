@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,9 @@ from nonexpansive.train.config import ClassifyData, DenoiseData, Run, unknown
 from nonexpansive.train.data import Patches, PhotoFolder, generator, read_names
 from nonexpansive.train.images import LabelledImages, load_images
 
-SIGMA_POWER = 1.5
-"""Errors are divided by σ^1.5. A denoiser's squared error grows about like that, between σ² (flat image) and σ (edges),
-so each noise level has about the same share of the gradient."""
+SIGMA_POWER = 0.75
+"""Root mean square errors are divided by σ^0.75. A denoiser's error grows about like that, between σ (flat image) and √σ (edges), so
+each noise level has about the same share of the gradient."""
 
 
 class Task(Protocol):
@@ -50,8 +50,8 @@ class DenoiseTask:
     """Remove Gaussian noise: y = x + σn, unclipped, with one level σ a sample, and a model called `model(y, σ)`.
 
     x is (B, C, H, W) in [0,1], σ is (B,) in the same unit, uniform in [low, high]/255. The loss is the mean over
-    samples of MSE(model(y, σ), x)/σ^1.5. Validation is the PSNR (peak 1) on `held_out` at each of `levels`/255, with
-    noise that is the same in every run; the headline `psnr` is the mean over the levels.
+    samples of RMSE(model(y, σ), x)/σ^0.75, or of its square (`DenoiseData.loss`). Validation is the PSNR (peak 1) on `held_out` at
+    each of `levels`/255, with noise that is the same in every run; the headline `psnr` is the mean over the levels.
     """
 
     def __init__(
@@ -62,11 +62,13 @@ class DenoiseTask:
         patch: int = 64,
         sigma: tuple[float, float] = (1.0, 55.0),
         levels: Sequence[float] = (5.0, 15.0, 25.0, 50.0),
+        loss: Literal["rmse", "mse"] = "rmse",
         seed: int = 0,
     ) -> None:
         self.patches = Patches(train, patch)
         self.held_out = list(held_out)
         self.sigma, self.levels, self.seed = sigma, tuple(levels), seed
+        self.power = 1 if loss == "rmse" else 2
 
     @classmethod
     def from_run(cls, run: Run, root: Path | str) -> DenoiseTask:
@@ -76,7 +78,8 @@ class DenoiseTask:
         exclude = read_names(root / data.exclude) if data.exclude else None
         held_out = PhotoFolder(root / data.validation, data.channels, exclude=exclude, limit=data.validation_images)
         train = PhotoFolder(root / data.train, data.channels, exclude=exclude)
-        return cls(train, held_out, patch=data.patch, sigma=data.sigma, levels=data.levels, seed=run.train.seed)
+        settings = {name: getattr(data, name) for name in ("patch", "sigma", "levels", "loss")}
+        return cls(train, held_out, seed=run.train.seed, **settings)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -97,8 +100,9 @@ class DenoiseTask:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         clean, noisy, sigma = batch
-        errors = (model(noisy, sigma) - clean).square().mean((1, 2, 3))
-        return (errors / sigma**SIGMA_POWER).mean()
+        size = math.sqrt(clean[0].numel())
+        errors = torch.linalg.vector_norm((model(noisy, sigma) - clean).flatten(1), dim=1) / size
+        return (errors / sigma**SIGMA_POWER).pow(self.power).mean()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         # imported here because it takes seconds
