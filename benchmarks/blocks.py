@@ -317,37 +317,48 @@ def growth(turns: int) -> None:
     )
 
 
-def adjoint(turns: int) -> None:
-    """The pullback of a convolution of few channels, which sums patches, beside torch's transposed convolution."""
+def few_channels(turns: int) -> None:
+    """A convolution of few channels and its pullback, which go column by column, beside torch's own two."""
     rows = []
     for batch, channels, filters, kernel, side in [
         (8, 1, 48, 9, 64),
+        (1, 1, 48, 9, 256),
         (8, 4, 35, 3, 32),
         (8, 4, 99, 5, 32),
         (1, 4, 99, 5, 256),
         (8, 12, 105, 5, 32),
     ]:
         conv = nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=False)
+        x = torch.randn(batch, channels, side, side)
         with torch.no_grad():
-            t, pullback = affine(conv, torch.randn(batch, channels, side, side))
+            t, (s, pullback) = conv(x), affine(conv, x)  # to pull back: each of the layout that it made
 
-            def summed(t: Tensor = t, pullback: Callable[..., Tensor] = pullback) -> Tensor:
-                with torch.no_grad():
-                    return pullback(t)
+        def ours(conv: nn.Conv2d = conv, x: Tensor = x) -> Tensor:
+            with torch.no_grad():
+                return affine(conv, x)[0]
 
-            def transposed(t: Tensor = t, conv: nn.Conv2d = conv) -> Tensor:
-                with torch.no_grad():
-                    return F.conv_transpose2d(t, conv.weight, padding=conv.padding)  # type: ignore[arg-type]
+        def theirs(conv: nn.Conv2d = conv, x: Tensor = x) -> Tensor:
+            with torch.no_grad():
+                return conv(x)
 
-            deviation = float((summed() - transposed()).norm() / transposed().norm())
-        assert deviation < 1e-5, f"the adjoint of {conv} is off by {deviation:g}"
-        times = measure({"transposed": transposed, "pullback": summed}, turns)
-        shape = f"{batch} of {filters}→{channels}, {kernel}x{kernel}, {side}x{side}"
-        rows.append([shape, *(milliseconds(times[key]) for key in ("transposed", "pullback"))])
-        rows[-1].append(f"**{ratio(times['transposed'], times['pullback']):.1f}**")
+        def pulled(s: Tensor = s, pullback: Callable[..., Tensor] = pullback) -> Tensor:
+            with torch.no_grad():
+                return pullback(s)
+
+        def transposed(t: Tensor = t, conv: nn.Conv2d = conv) -> Tensor:
+            with torch.no_grad():
+                return F.conv_transpose2d(t, conv.weight, padding=conv.padding)  # type: ignore[arg-type]
+
+        times = measure({"theirs": theirs, "ours": ours, "transposed": transposed, "pulled": pulled}, turns)
+        rows.append([f"{batch} of {channels}→{filters}, {kernel}x{kernel}, {side}x{side}"])
+        for there, here in ((theirs, ours), (transposed, pulled)):
+            deviation = float((here() - there()).norm() / there().norm())
+            assert deviation < 1e-5, f"{here.__name__} of {conv} is off by {deviation:g}"
+            one, other = times[there.__name__], times[here.__name__]
+            rows[-1] += [milliseconds(one), milliseconds(other), f"**{ratio(one, other):.1f}**"]
     table(
-        "The adjoint of a convolution, without gradients, beside conv_transpose2d",
-        ["pictures", "conv_transpose2d, ms", "pullback, ms", "ratio"],
+        "A convolution and its adjoint, without gradients",
+        ["pictures", "conv2d, ms", "affine, ms", "ratio", "conv_transpose2d, ms", "pullback, ms", "ratio"],
         rows,
     )
 
@@ -357,7 +368,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="fewer turns, ratios within a few percent")
     parser.add_argument(
-        "--only", choices=["overhead", "memory", "control", "modes", "growth", "adjoint"], help="one table alone"
+        "--only", choices=["overhead", "memory", "control", "modes", "growth", "few-channels"], help="one table alone"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -369,7 +380,7 @@ def main() -> None:
         "control": lambda: norm_control(5 if quick else 40, 128),
         "modes": lambda: modes(3 if quick else 11),
         "growth": lambda: growth(3 if quick else 11),
-        "adjoint": lambda: adjoint(5 if quick else 25),
+        "few-channels": lambda: few_channels(5 if quick else 25),
     }
     print(f"torch {torch.__version__}, {arguments.threads} thread(s)")
     for name, show in tables.items():

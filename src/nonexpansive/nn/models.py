@@ -33,8 +33,7 @@ REFERENCE_LEVEL = 25 / 255
 """The noise level, on the scale of [0, 1] images, that learned activations take as 1."""
 
 TRAINING = 1e-3
-"""The residual to which training solves for a proximal denoiser, relative as its tolerance is; gradients of a few patches are noisier
-than what it leaves. (With ten times as much the gradient of a convex one is a tenth off, which shows in the result.)"""
+"""The residual to which training solves for a proximal denoiser, relative as its tolerance is: the gradient is then within a percent or two."""
 
 _LEVELLED: dict[str, Callable[[int, float, float], nn.Module]] = {
     "clipped_ramps": lambda channels, size, _: ClippedRamps(channels, threshold=0.06 * size),
