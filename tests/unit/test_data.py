@@ -47,6 +47,7 @@ def test_folder_reads_colour_and_grey(folder: Path) -> None:
 def test_folder_selects_and_excludes_by_name(folder: Path) -> None:
     (folder / "names").write_text("0\n2.png\n")
     names = read_names(folder / "names")
+    assert names == read_names(str(folder / "names")) == {"0", "2"}
     assert PhotoFolder(folder, select=names).names == ["0.png", "2.png"]
     assert PhotoFolder(folder, exclude=names).names == ["1.tif"]
     assert PhotoFolder(folder, limit=2).names == ["0.png", "1.tif"]

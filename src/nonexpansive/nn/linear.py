@@ -32,8 +32,8 @@ CHUNK = 256
 """The longest chunk."""
 
 FEW = 4
-"""Of up to so many channels a convolution is taken column by column on the CPU: :func:`_columns`. Measured for filters of side 9 and 5 with
-one and four channels, the adjoint is some 5 and 2 times as fast, and with one the convolution 3 to 4 times."""
+"""Of a convolution of up to so many channels the adjoint is taken column by column on the CPU: :func:`_columns`. Measured with one and four
+channels and filters of side 9 and 5, it is some 5 and 2 times as fast."""
 
 MANY = 1024
 """From so many columns on a product is summed in chunks."""
@@ -87,7 +87,11 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
         ), lambda s, scale=1.0: s @ _scaled(weight, scale)
     else:
         if is_written_out(linear):
-            t = _convolved(x, weight, bias, linear) if _columns(linear, x) else linear._conv_forward(x, weight, bias)
+            if _columns(
+                linear, x
+            ):  # the adjoint is faster with all channels of a pixel together, and makes them so by this
+                x = x.contiguous(memory_format=torch.channels_last)
+            t = linear._conv_forward(x, weight, bias)
             stride, padding, dilation = linear.stride, linear.padding, linear.dilation
             geometry = zip(x.shape[2:], t.shape[2:], stride, padding, dilation, linear.kernel_size, strict=True)
             unreached = tuple(n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, s, p, d, k in geometry)
@@ -109,8 +113,8 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
 
 
 def _columns(linear: Any, x: Tensor) -> bool:
-    """Whether the convolution of x, or its adjoint, is taken column by column: as one whose filters have a single column, of the images
-    moved by j columns for each column j of the filters. A CPU is slow with few channels, and that makes channels of the columns.
+    """Whether the adjoint is taken column by column: as that of filters of a single column, which gives images for each column j of the
+    real ones, to be moved by j columns and added up. A CPU is slow where few channels come out, and that makes channels of the columns.
 
     Not where anything is differentiated, for the derivative is slow, and not in 16 bits, in which the columns would add up."""
     plain = (
@@ -128,21 +132,8 @@ def _single_columns(weight: Tensor) -> Tensor:
     return weight.movedim(-1, 1).flatten(1, 2)[..., None]
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, linear: Any) -> Tensor:
-    """The convolution. Several channels are fast enough as they are, where those of a pixel lie together."""
-    (down, right), (above, left), (tall, wide) = linear.stride, linear.padding, linear.dilation
-    if x.shape[1] > 1:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, bias, linear.stride, linear.padding, linear.dilation)
-    x, columns = F.pad(x, (left, left)), weight.shape[3]
-    span = x.shape[3] - wide * (columns - 1)
-    moved = x[:, 0].unfold(2, span, wide)[:, :, :columns, ::right].movedim(2, 1)
-    moved = moved.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(moved, _single_columns(weight), bias, (down, 1), (above, 0), (tall, 1))
-
-
 def _gathered(s: Tensor, weight: Tensor, size: tuple[int, ...], unreached: int, linear: Any) -> Tensor:
-    """The adjoint: that of the convolution by single columns, and the sum of what it gives for each, moved back."""
+    """Aᵀs, column by column."""
     (down, right), (above, left), (tall, wide) = linear.stride, linear.padding, linear.dilation
     moved = F.conv_transpose2d(s, _single_columns(weight), None, (down, 1), (above, 0), (unreached, 0), 1, (tall, 1))
     columns = moved.unflatten(1, (weight.shape[3], weight.shape[1]))

@@ -33,7 +33,7 @@ REFERENCE_LEVEL = 25 / 255
 """The noise level, on the scale of [0, 1] images, that learned activations take as 1."""
 
 TRAINING = 1e-3
-"""The residual to which training solves for a proximal denoiser, relative as its tolerance is: the gradient is then within a percent or two."""
+"""The residual to which training solves for a proximal denoiser, relative as its tolerance is. The gradient is then within some 2 %."""
 
 _LEVELLED: dict[str, Callable[[int, float, float], nn.Module]] = {
     "clipped_ramps": lambda channels, size, _: ClippedRamps(channels, threshold=0.06 * size),

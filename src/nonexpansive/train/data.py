@@ -59,10 +59,10 @@ def read_photo(path: Path, channels: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def read_names(path: Path) -> set[str]:
+def read_names(path: Path | str) -> set[str]:
     """The names in a text file, separated by white space, without their extensions. Raises `BadInput`."""
     try:
-        return {_stem(name) for name in path.read_text(encoding="utf-8").split()}
+        return {_stem(name) for name in Path(path).read_text(encoding="utf-8").split()}
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not a readable list of names ({error})") from error
 
