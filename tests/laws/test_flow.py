@@ -73,11 +73,11 @@ def test_the_adjoint_is_exact(name: str, make: Make, shape: Shape) -> None:
 @pytest.mark.parametrize(
     "geometry", [{}, {"stride": (2, 3)}, {"dilation": (1, 2), "padding": (2, 0)}, {"kernel_size": (1, 4), "stride": 2}]
 )
-def test_convolutions_column_by_column_are_the_same_ones(
+def test_adjoints_column_by_column_are_the_same_ones(
     channels: int, geometry: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Strides that leave pixels unreached included; on the CPU without gradients, for few channels, and not where the moved images need
-    more memory than the output; a wrong shift of a column would show in either direction."""
+    more memory than the output."""
     gathered: list[int] = []
     written = layers._gathered
     monkeypatch.setattr(layers, "_gathered", lambda *a: gathered.append(1) or written(*a))

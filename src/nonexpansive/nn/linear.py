@@ -89,7 +89,7 @@ def _run(linear: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | No
         if is_written_out(linear):
             if _columns(
                 linear, x
-            ):  # the adjoint is faster with all channels of a pixel together, and makes them so by this
+            ):  # t, and what is pulled back, have a pixel's channels together then, which is faster
                 x = x.contiguous(memory_format=torch.channels_last)
             t = linear._conv_forward(x, weight, bias)
             stride, padding, dilation = linear.stride, linear.padding, linear.dilation

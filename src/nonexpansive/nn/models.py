@@ -307,7 +307,8 @@ class ProximalDenoiser(ImageDenoiser):
     def train(self, mode: bool = True) -> ProximalDenoiser:
         super().train(mode)
         resolvent = cast(Resolvent, self.lifted.inner)
-        coarse = TRAINING / (1 - cast(WeaklyConvexRamps, resolvent.activation).modulus)
+        modulus = cast(WeaklyConvexRamps, resolvent.activation).modulus
+        coarse = TRAINING * min(10.0, 1 / (1 - modulus))  # the tolerance of which that is the residual, to one percent
         resolvent.tolerance = max(coarse, self._tolerance) if mode else self._tolerance
         return self
 
