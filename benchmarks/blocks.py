@@ -318,7 +318,7 @@ def growth(turns: int) -> None:
 
 
 def few_channels(turns: int) -> None:
-    """A convolution of few channels and its pullback, which go column by column, beside torch's own two."""
+    """A convolution of few channels and its pullback, which goes column by column, beside torch's own two."""
     rows = []
     for batch, channels, filters, kernel, side in [
         (8, 1, 48, 9, 64),
